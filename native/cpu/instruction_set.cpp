@@ -1,0 +1,67 @@
+// Chooses the kernels once, by what the machine can run.
+#include "kernels.h"
+#include "lightning_accel/check.h"
+
+namespace accel::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+};
+
+std::vector<InstructionSet> available() {
+  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels}};
+#if defined(ACCEL_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) {
+    sets.push_back({"avx2", &avx2::kernels});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      sets.push_back({"avx512", &avx512::kernels});
+    }
+  }
+#endif
+  return sets;
+}
+
+InstructionSet& current() {
+  static InstructionSet chosen = available().back();
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : available()) {
+    names.emplace_back(set.name);
+  }
+  return names;
+}
+
+std::string instruction_set() { return current().name; }
+
+void use_instruction_set(const std::string& name) {
+  for (const InstructionSet& set : available()) {
+    if (name == set.name) {
+      current() = set;
+      return;
+    }
+  }
+  ACCEL_CHECK(false, "instruction set '" << name << "' is not one this machine runs; see instruction_sets()");
+}
+
+void encode(const Plan& plan, const void* tensor, uint8_t* wire) { current().kernels->encode(plan, tensor, wire); }
+
+void decode(const Plan& plan, const uint8_t* wire, void* tensor) { current().kernels->decode(plan, wire, tensor); }
+
+void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator) {
+  current().kernels->decode_accumulate(plan, wire, accumulator);
+}
+
+void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire) {
+  current().kernels->decode_sum_encode(plan, messages, divisor, wire);
+}
+
+}  // namespace accel::cpu

@@ -1,0 +1,33 @@
+#include "lightning_accel/plan.h"
+
+#include "lightning_accel/check.h"
+
+namespace accel {
+
+Plan::Plan(CodecId codec, DType dtype, const std::vector<int64_t>& tensor_offsets, const std::vector<int64_t>& numels,
+           const std::vector<int64_t>& wire_offsets)
+    : codec_(codec), dtype_(dtype) {
+  ACCEL_CHECK(tensor_offsets.size() == numels.size() && wire_offsets.size() == numels.size(),
+              "a plan needs as many offsets as sizes: got " << tensor_offsets.size() << " tensor offsets, " << numels.size()
+                                                            << " sizes and " << wire_offsets.size() << " wire offsets");
+  segments_.reserve(numels.size());
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const int64_t numel = numels[i];
+    const int64_t wire_offset = wire_offsets[i] < 0 ? wire_bytes_ : wire_offsets[i];
+    ACCEL_CHECK(numel >= 0 && tensor_offsets[i] >= 0,
+                "segment " << i << " must not be negative: got offset " << tensor_offsets[i] << ", size " << numel);
+    ACCEL_CHECK(wire_offset % kWireAlignment == 0 && wire_offset >= wire_bytes_,
+                "segment " << i << " must start on the wire at a multiple of " << kWireAlignment
+                           << " bytes and behind the segment before it, which ends at " << wire_bytes_ << ": got " << wire_offset);
+    segments_.push_back({tensor_offsets[i], numel, wire_offset, num_blocks_});
+    num_blocks_ += accel::num_blocks(numel);
+    const int64_t tensor_end = tensor_offsets[i] + numel;
+    tensor_numel_ = tensor_end > tensor_numel_ ? tensor_end : tensor_numel_;
+    wire_bytes_ = visit_codec(codec, dtype, [&](auto codec_type, auto) {
+      using Codec = typename decltype(codec_type)::type;
+      return wire_offset + headers_bytes<Codec>(numel) + align_wire(numel * static_cast<int64_t>(sizeof(typename Codec::Code)));
+    });
+  }
+}
+
+}  // namespace accel

@@ -1,0 +1,56 @@
+// The four operations on messages. The CPU's and the GPU's write the same bytes.
+//
+// Tensors hold plan.dtype(); `accumulator` holds float, or double where codec `none` meets float64. Pointers to tensors need the
+// alignment of their element only, pointers to messages 16 bytes. Buffers must not overlap. All functions are reentrant.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "lightning_accel/plan.h"
+
+namespace accel {
+
+// A sum of messages that lie `stride_bytes` apart and share one plan's layout.
+struct Messages {
+  const uint8_t* wire;
+  int64_t count;
+  int64_t stride_bytes;
+};
+
+namespace cpu {
+
+// wire <- code of tensor. Padding is left as it is.
+void encode(const Plan& plan, const void* tensor, uint8_t* wire);
+// tensor <- value of wire.
+void decode(const Plan& plan, const uint8_t* wire, void* tensor);
+// accumulator <- accumulator + value of wire; accumulator is indexed like the tensor.
+void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator);
+// wire <- code of (value of messages[0] + value of messages[1] + ...) / divisor, summed in this order.
+void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire);
+
+// "baseline", "avx2", "avx512": those this build has and this machine can run, worst first.
+std::vector<std::string> instruction_sets();
+// The one in use: the best, unless use_instruction_set chose another (tests compare them; not thread-safe).
+std::string instruction_set();
+void use_instruction_set(const std::string& name);
+
+}  // namespace cpu
+
+#if defined(ACCEL_WITH_CUDA)
+namespace cuda {
+
+// As on the CPU, with device pointers; `segments` is plan.segments() on the device. Enqueued on `stream` (a cudaStream_t) of the
+// current device; nothing is allocated and nothing synchronised.
+// @throws std::runtime_error when a launch is refused.
+void encode(const Plan& plan, const Segment* segments, const void* tensor, uint8_t* wire, void* stream);
+void decode(const Plan& plan, const Segment* segments, const uint8_t* wire, void* tensor, void* stream);
+void decode_accumulate(const Plan& plan, const Segment* segments, const uint8_t* wire, void* accumulator, void* stream);
+void decode_sum_encode(const Plan& plan, const Segment* segments, const Messages& messages, float divisor, uint8_t* wire,
+                       void* stream);
+
+}  // namespace cuda
+#endif
+
+}  // namespace accel

@@ -1,0 +1,45 @@
+from collections.abc import Sequence
+
+BLOCK_NUMEL: int
+WIRE_ALIGNMENT: int
+CUDA_ARCHITECTURES: str
+
+class Plan:
+    def __init__(
+        self,
+        codec: int,
+        dtype: int,
+        tensor_offsets: Sequence[int],
+        numels: Sequence[int],
+        wire_offsets: Sequence[int],
+    ) -> None: ...
+    @property
+    def wire_bytes(self) -> int: ...
+    @property
+    def tensor_numel(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def wire_offsets(self) -> list[int]: ...
+    def segment_table(self) -> bytes: ...
+
+def encode(plan: Plan, tensor: int, numel: int, wire: int, wire_bytes: int, segments: int, stream: int) -> None: ...
+def decode(plan: Plan, wire: int, wire_bytes: int, tensor: int, numel: int, segments: int, stream: int) -> None: ...
+def decode_accumulate(
+    plan: Plan, wire: int, wire_bytes: int, accumulator: int, numel: int, segments: int, stream: int
+) -> None: ...
+def decode_sum_encode(
+    plan: Plan,
+    messages: int,
+    messages_bytes: int,
+    count: int,
+    stride_bytes: int,
+    divisor: float,
+    wire: int,
+    wire_bytes: int,
+    segments: int,
+    stream: int,
+) -> None: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...

@@ -1,0 +1,23 @@
+"""One algorithm a file, and the registry of their names."""
+
+from lightning_accel.algorithms.base import (
+    Algorithm,
+    BoundAlgorithm,
+    Context,
+    algorithm_names,
+    make_algorithm,
+    register_algorithm,
+)
+from lightning_accel.algorithms.bytegrad import ByteGrad
+from lightning_accel.algorithms.gradient_allreduce import GradientAllReduce
+
+__all__ = [
+    "Algorithm",
+    "BoundAlgorithm",
+    "ByteGrad",
+    "Context",
+    "GradientAllReduce",
+    "algorithm_names",
+    "make_algorithm",
+    "register_algorithm",
+]

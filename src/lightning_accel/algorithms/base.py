@@ -1,0 +1,169 @@
+"""The contract of an algorithm: options that a user chooses, and what is bound to one replica.
+
+Options are a frozen dataclass, validated when made, picklable, without rank or device: `ByteGrad(codec="int8")`. Binding them
+to a replica gives a `BoundAlgorithm`, whose methods are the moments of a training step. A user's own algorithm is two such
+classes and `@register_algorithm("name")`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_accel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A replica's trainable and frozen parameters in the order of `named_parameters`, tied ones once.
+
+    Attributes:
+        names: of each.
+        tensors: the parameters themselves.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[torch.nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Parameters:
+        """The parameters of a module."""
+        named = list(module.named_parameters())
+        return cls(tuple(name for name, _ in named), tuple(parameter for _, parameter in named))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an algorithm is bound to.
+
+    Attributes:
+        ddp: the replica; its parameters, buckets and flags.
+        parameters: of the wrapped module.
+        communicator: for everything that is sent.
+    """
+
+    ddp: DistributedDataParallel
+    parameters: Parameters
+    communicator: Communicator
+
+
+class Algorithm(ABC):
+    """Options of an algorithm; subclasses are frozen dataclasses with a default for each option."""
+
+    name: ClassVar[str]
+    """Set by `register_algorithm`."""
+
+    @abstractmethod
+    def bind(self, context: Context) -> BoundAlgorithm:
+        """Makes the part that communicates. Collective: all ranks call it in the same order."""
+
+
+class BoundAlgorithm:
+    """An algorithm at work on one replica. The replica calls the moments; each does nothing unless overridden.
+
+    A *round* is what leads to one optimizer step: one or more micro-batches, then the step.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.communicator = context.communicator
+
+    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+        """Starts to reduce a bucket that backward has filled; the future delivers what becomes the gradient.
+
+        Called in the same order on all ranks, during backward: it must not wait. By default the local gradient stays.
+        """
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def before_forward(self) -> None:
+        """Before the first micro-batch's forward of a round."""
+
+    def before_step(self) -> None:
+        """After the round's last backward; before gradients are unscaled or clipped and the optimizer steps."""
+
+    def consensus(self) -> None:
+        """Makes all ranks' weights equal; before validation, test, predict, checkpoint and the end of fit. Collective."""
+
+    def pause(self) -> None:
+        """Stops communication that runs by itself. Collective and idempotent."""
+
+    def resume(self) -> None:
+        """Starts it again. Collective and idempotent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+
+    def teardown(self) -> None:
+        """Ends what was started; after an exception too."""
+
+
+_registry: dict[str, type[Algorithm]] = {}
+
+_A = TypeVar("_A", bound=type[Algorithm])
+
+
+def register_algorithm(name: str) -> Callable[[_A], _A]:
+    """Makes an algorithm known by name, for `AccelStrategy(algorithm=name)` and `Replica`.
+
+    Raises:
+        ValueError: if another class has the name.
+    """
+
+    def register(cls: _A) -> _A:
+        known = _registry.setdefault(name, cls)
+        if known is not cls and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"the name {name!r} belongs to {known.__module__}.{known.__qualname__}; choose another")
+        _registry[name] = cls
+        cls.name = name
+        return cls
+
+    return register
+
+
+def algorithm_names() -> list[str]:
+    """Names of the registered algorithms."""
+    return list(_registry)
+
+
+def make_algorithm(algorithm: str | Algorithm, options: dict[str, Any] | None = None) -> Algorithm:
+    """An algorithm from its name and options, or as it is.
+
+    Raises:
+        ValueError: for an unknown name, or a wrong value of an option.
+        TypeError: for an unknown option, or options beside an `Algorithm` object.
+    """
+    options = options or {}
+    if isinstance(algorithm, Algorithm):
+        if options:
+            raise TypeError(f"give options inside {type(algorithm).__name__}(...), not beside it: got {', '.join(options)}")
+        return algorithm
+    cls = _registry.get(algorithm) if isinstance(algorithm, str) else None
+    if cls is None:
+        raise ValueError(f"algorithm must be one of {', '.join(_registry)}: got {algorithm!r}{_nearest(algorithm, _registry)}")
+    valid = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in valid:
+            raise TypeError(
+                f"algorithm {algorithm!r} takes {', '.join(valid) or 'no options'}: got {option!r}{_nearest(option, valid)}"
+            )
+    return cls(**options)
+
+
+def _nearest(word: object, words: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(str(word), list(words), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

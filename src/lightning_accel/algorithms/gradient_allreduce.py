@@ -1,0 +1,73 @@
+"""Mean gradients at full precision: what DDP does, and the measure of everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, register_algorithm
+from lightning_accel.algorithms.bucket_plans import BucketPlans
+from lightning_accel.topology import Hierarchical, check_hierarchical
+
+
+@register_algorithm("gradient_allreduce")
+@dataclass(frozen=True)
+class GradientAllReduce(Algorithm):
+    """Every rank gets the mean of all ranks' gradients, uncompressed.
+
+    g <- 1/n sum_r g_r
+
+    Flat, it is the backend's all_reduce on DDP's buckets, and equals DDP bit for bit. Hierarchical, ranks of a node sum first,
+    and each carries its share between nodes; sums run in rank order, in float32.
+
+    Cost a step for each rank: 2 (n-1)/n times the gradients' bytes; as many all_reduces as buckets; no memory.
+
+    Args:
+        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
+            Off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal anyway (gloo's ring).
+        average: the mean; False leaves the sum.
+
+    Example:
+        >>> GradientAllReduce(average=False)
+        GradientAllReduce(hierarchical=False, average=False)
+    """
+
+    hierarchical: Hierarchical = False
+    average: bool = True
+
+    def __post_init__(self) -> None:
+        check_hierarchical(self.hierarchical)
+
+    def bind(self, context: Context) -> BoundAlgorithm:
+        """Makes the flat or the hierarchical form, as the nodes allow. Collective."""
+        if context.communicator.topology.use_hierarchy(self.hierarchical):
+            return _Hierarchical(context, self)
+        return _Flat(context, self)
+
+
+class _Flat(BoundAlgorithm):
+    def __init__(self, context: Context, options: GradientAllReduce) -> None:
+        super().__init__(context)
+        self._options = options
+
+    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+        gradients = bucket.buffer()
+        if self._options.average:
+            # Before the sum, as DDP does, so that float16 does not overflow; and with DDP's own two ways to divide.
+            if self.context.ddp.gradient_as_bucket_view:
+                gradients.div_(self.communicator.world_size)
+            else:
+                gradients.mul_(1.0 / self.communicator.world_size)
+        return self.communicator.all_reduce(label, gradients)
+
+
+class _Hierarchical(BoundAlgorithm):
+    def __init__(self, context: Context, options: GradientAllReduce) -> None:
+        super().__init__(context)
+        self._plans = BucketPlans(context, "none", hierarchical=True)
+        self._divisor = context.communicator.world_size if options.average else 1
+
+    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+        return self._plans.all_reduce(bucket, label, self._divisor)

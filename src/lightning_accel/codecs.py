@@ -1,0 +1,148 @@
+"""What a block looks like on the wire: a thin, typed face of the native codecs.
+
+A *plan* says which elements of a tensor stand where in a message; the four operations move between tensors and messages along
+a plan. They check what Python knows (dtype, device, layout), the native side checks sizes again and releases the GIL. The wire
+formats are shown byte by byte in native/README.md.
+
+Tensors are one-dimensional and contiguous; messages are `uint8`. On CUDA everything is enqueued on the current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from lightning_accel import _native
+
+CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8")
+"""Names of the codecs; the position is the native code."""
+
+BLOCK_NUMEL = _native.BLOCK_NUMEL
+"""Elements that share one scale, and the unit in which parameters are dealt out to ranks."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_codec(name: str) -> None:
+    """Raises ValueError unless `name` is a codec."""
+    if name not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}: got {name!r}")
+
+
+class Plan:
+    """Which elements of a tensor stand where in a message. Immutable.
+
+    Args:
+        codec: one of `CODECS`.
+        dtype: of the tensor; float32, float16, bfloat16 or float64.
+        tensor_offsets: first element of each segment in the tensor.
+        numels: elements of each segment.
+        wire_offsets: first byte of each segment in the message, ascending multiples of 16; None puts them one behind another.
+
+    Raises:
+        ValueError: for an unknown codec, a dtype that cannot be sent, or offsets that overlap.
+    """
+
+    def __init__(
+        self,
+        codec: str,
+        dtype: torch.dtype,
+        tensor_offsets: Sequence[int],
+        numels: Sequence[int],
+        wire_offsets: Sequence[int] | None = None,
+    ) -> None:
+        check_codec(codec)
+        if dtype not in _DTYPES:
+            raise ValueError(f"only {', '.join(str(d) for d in _DTYPES)} can be sent: got {dtype}")
+        self.codec = codec
+        self.dtype = dtype
+        self.native = _native.Plan(
+            CODECS.index(codec),
+            _DTYPES.index(dtype),
+            tensor_offsets,
+            numels,
+            [-1] * len(numels) if wire_offsets is None else wire_offsets,
+        )
+        self.wire_bytes = self.native.wire_bytes
+        """Bytes the message must have at least."""
+        self.tensor_numel = self.native.tensor_numel
+        """Elements the tensor must have at least."""
+        self._tables: dict[torch.device, torch.Tensor] = {}
+
+    @cached_property
+    def wire_offsets(self) -> list[int]:
+        """First byte of each segment in the message."""
+        return self.native.wire_offsets
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """What values are summed in: float32, but float64 where codec `none` carries float64."""
+        return torch.float64 if self.codec == "none" and self.dtype == torch.float64 else torch.float32
+
+    def _place(self, device: torch.device) -> tuple[int, int]:
+        """Addresses of the segment table and the stream; zeros on the CPU."""
+        if device.type == "cpu":
+            return 0, 0
+        table = self._tables.get(device)
+        if table is None:
+            # Once a plan and device; a plan without segments still needs an address.
+            data = bytearray(self.native.segment_table() or b"\0")
+            table = torch.frombuffer(data, dtype=torch.uint8).to(device)
+            self._tables[device] = table
+        return table.data_ptr(), torch.cuda.current_stream(device).cuda_stream
+
+
+def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor) -> None:
+    """Writes the code of `tensor` (`plan.dtype`) to `wire`; padding keeps what it held."""
+    _check(tensor, plan.dtype, wire, "tensor")
+    _native.encode(plan.native, *_memory(tensor), *_memory(wire), *plan._place(tensor.device))
+
+
+def decode(plan: Plan, wire: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Writes the value of `wire` to the plan's elements of `tensor` (`plan.dtype`)."""
+    _check(tensor, plan.dtype, wire, "tensor")
+    _native.decode(plan.native, *_memory(wire), *_memory(tensor), *plan._place(tensor.device))
+
+
+def decode_accumulate(plan: Plan, wire: torch.Tensor, accumulator: torch.Tensor) -> None:
+    """Adds the value of `wire` to the plan's elements of `accumulator` (`plan.value_dtype`)."""
+    _check(accumulator, plan.value_dtype, wire, "accumulator")
+    _native.decode_accumulate(plan.native, *_memory(wire), *_memory(accumulator), *plan._place(accumulator.device))
+
+
+def decode_sum_encode(
+    plan: Plan, messages: torch.Tensor, wire: torch.Tensor, *, count: int, stride_bytes: int, divisor: float
+) -> None:
+    """Writes the code of the messages' mean to `wire`, in one pass.
+
+    Args:
+        plan: layout of each message; only its codec and sizes matter, not its place in a tensor.
+        messages: `count` messages, `stride_bytes` (a multiple of 16) apart; values are summed in their order, in
+            `plan.value_dtype`.
+        wire: overwritten with the code of the sum divided by `divisor`.
+        count: number of messages, at least 1.
+        stride_bytes: from the start of a message to the start of the next.
+        divisor: what the sum is divided by.
+    """
+    _check(messages, torch.uint8, wire, "messages")
+    _native.decode_sum_encode(
+        plan.native, *_memory(messages), count, stride_bytes, divisor, *_memory(wire), *plan._place(wire.device)
+    )
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _check(tensor: torch.Tensor, dtype: torch.dtype, wire: torch.Tensor, name: str) -> None:
+    if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be one-dimensional, contiguous, {dtype}: got {tensor.dtype} of shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}"
+        )
+    if wire.dtype != torch.uint8 or wire.dim() != 1 or not wire.is_contiguous():
+        raise ValueError(f"a message must be one-dimensional, contiguous, uint8: got {wire.dtype} of {tuple(wire.shape)}")
+    if wire.device != tensor.device or tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} and message must lie on one CPU or CUDA device: got {tensor.device} and {wire.device}")

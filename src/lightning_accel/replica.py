@@ -1,0 +1,159 @@
+"""Attaches an algorithm to a DDP instance and calls it at the right moments; for plain PyTorch and under the strategy alike.
+
+A *round* is what leads to one optimizer step. It runs from the first forward with gradients to the first `before_step` after
+it; a second optimizer's step in the same round sees nothing new. Rounds, not optimizer steps, are counted: a gradient scaler
+may skip a step, on one rank only perhaps, and nothing that peers wait for may depend on it.
+
+This module must not postpone annotations: DDP refuses hooks whose annotations are strings.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, Parameters
+from lightning_accel.communicator import Communicator, Statistics
+from lightning_accel.topology import discover
+
+
+class Replica:
+    """One rank's model in training: a DDP instance, and the algorithm that communicates for it.
+
+    Collective: all ranks of the DDP's process group make it in the same order, close it, and call `consensus`, `pause` and
+    `resume` alike. The DDP instance must not have a communication hook; it keeps ours for life, so it can be attached once.
+
+    Args:
+        ddp: the wrapped model, not yet trained.
+        algorithm: options of the algorithm.
+        optimizers: for plain PyTorch: whose steps end a round. The strategy calls `before_step` itself and gives none.
+        timeout: of a collective; None takes the backend's default.
+        node_name: of the machine this process runs on; None asks `lightning_accel.environment`.
+
+    Example:
+        >>> ddp = DistributedDataParallel(model)  # doctest: +SKIP
+        >>> replica = Replica(ddp, ByteGrad(), optimizers=[optimizer])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        algorithm: Algorithm,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        *,
+        timeout: timedelta | None = None,
+        node_name: str | None = None,
+    ) -> None:
+        parameters = Parameters.of(ddp.module)
+        device = next((p.device for p in parameters.tensors if p.requires_grad), torch.device("cpu"))
+        topology = discover(ddp.process_group, node_name)
+        self.communicator = Communicator(algorithm.name, ddp.process_group, device, timeout, topology)
+        self.algorithm: BoundAlgorithm = algorithm.bind(Context(ddp, parameters, self.communicator))
+        self.rounds = 0
+        """Rounds finished so far."""
+        self._in_round = False
+        self._has_reduced = False
+        self._backward_is_armed = False
+        self._is_closed = False
+        ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
+        # Outside of what torch.compile may trace: moments are side effects.
+        forward_hook = torch.compiler.disable(self._before_forward)
+        self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
+        self._handles += [optimizer.register_step_pre_hook(self._before_optimizer_step) for optimizer in optimizers]
+
+    @property
+    def statistics(self) -> Statistics:
+        """What communication cost this rank so far."""
+        return self.communicator.statistics
+
+    def before_step(self) -> None:
+        """Ends the round: gradients are complete, the optimizer has not stepped yet. Nothing outside of a round."""
+        if not self._in_round:
+            return
+        self._in_round = False
+        self._has_reduced = False
+        self.rounds += 1
+        self.algorithm.before_step()
+
+    def consensus(self) -> None:
+        """Makes all ranks' weights equal. Collective."""
+        self.algorithm.consensus()
+
+    def pause(self) -> None:
+        """Stops communication that runs by itself. Collective and idempotent."""
+        self.algorithm.pause()
+
+    def resume(self) -> None:
+        """Starts it again. Collective and idempotent."""
+        self.algorithm.resume()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the algorithm's state, as tensors, numbers, strings, lists and dicts."""
+        return {"rounds": self.rounds, "algorithm": self.algorithm.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        self.rounds = int(state["rounds"])
+        self.algorithm.load_state_dict(state["algorithm"])
+
+    def close(self) -> None:
+        """Ends communication; idempotent, bounded in time, and after a failure too. The DDP instance stays with its hook.
+
+        Backward passes after it keep local gradients.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for handle in self._handles:
+            handle.remove()
+        try:
+            self.algorithm.teardown()
+        finally:
+            self.communicator.close()
+
+    def _before_forward(self, module: torch.nn.Module, arguments: Any) -> None:
+        if not torch.is_grad_enabled() or self._is_closed:
+            return
+        self.communicator.check()
+        self._backward_is_armed = False  # a backward that failed leaves it set
+        if self._in_round and self._has_reduced:
+            self.before_step()  # no optimizer stepped: a gradient scaler skipped it
+        if not self._in_round:
+            self._in_round = True
+            self.algorithm.before_forward()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        self.before_step()
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        label = f"bucket {bucket.index()}"
+        self._has_reduced = True
+        if not self._backward_is_armed:
+            self._backward_is_armed = True
+            # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
+            # works, and from where an error reaches the training thread as it is.
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+        try:
+            return self.algorithm.reduce_gradients(bucket, label)
+        except Exception as error:
+            return self.communicator.fail(error, label, bucket.buffer())
+
+    def _after_backward(self) -> None:
+        self._backward_is_armed = False
+        self.communicator.wait()
+
+
+def _reduce_bucket(
+    replica: Callable[[], Replica | None], bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """The hook that DDP calls; a weak reference, so that a DDP instance does not keep threads and groups alive."""
+    attached = replica()
+    if attached is None or attached._is_closed:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+    return attached._reduce(bucket)
