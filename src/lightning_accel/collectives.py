@@ -130,9 +130,7 @@ class Piece:
 
 def pieces_of(layout: Layout, places: Sequence[tuple[int, int]]) -> list[Piece]:
     """Pieces of a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor."""
-    return [
-        Piece(run.owner, offset + run.start, run.numel) for parameter, offset in places for run in layout.runs(parameter)
-    ]
+    return [Piece(run.owner, offset + run.start, run.numel) for parameter, offset in places for run in layout.runs(parameter)]
 
 
 @dataclass(frozen=True)
@@ -158,9 +156,7 @@ class TwoShotPlan:
     def build(cls, codec: str, dtype: torch.dtype, pieces: Sequence[Piece], world_size: int, rank: int) -> TwoShotPlan:
         """Plans messages from pieces; each rank's pieces stand in its message in the order given."""
         by_owner = [[piece for piece in pieces if piece.owner == owner] for owner in range(world_size)]
-        messages = [
-            codecs.Plan(codec, dtype, [p.tensor_offset for p in part], [p.numel for p in part]) for part in by_owner
-        ]
+        messages = [codecs.Plan(codec, dtype, [p.tensor_offset for p in part], [p.numel for p in part]) for part in by_owner]
         stride_bytes = max(message.wire_bytes for message in messages)
         everything = codecs.Plan(
             codec,
@@ -172,9 +168,7 @@ class TwoShotPlan:
         return cls(everything, messages[rank], rank * stride_bytes, stride_bytes)
 
 
-def compressed_all_reduce(
-    tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float
-) -> None:
+def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float) -> None:
     """Replaces `tensor` by its sum over the group divided by `divisor`, quantising each element exactly twice. Collective.
 
     1. Encode every rank's blocks into its message.
@@ -239,8 +233,7 @@ class HierarchicalPlan:
             for run in layout.runs(parameter):
                 if run.owner == node.rank:
                     inner_pieces += [
-                        Piece(inner.owner, share_numel + inner.start, inner.numel)
-                        for inner in layout.inner_runs(parameter, run)
+                        Piece(inner.owner, share_numel + inner.start, inner.numel) for inner in layout.inner_runs(parameter, run)
                     ]
                     starts.append(share_numel)
                     numels.append(run.numel)

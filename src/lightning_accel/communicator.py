@@ -95,7 +95,9 @@ class Communicator:
         topology: Topology,
     ) -> None:
         self._name = name
-        self._parent = process_group if process_group is not None else dist.group.WORLD
+        parent = process_group if process_group is not None else dist.group.WORLD
+        assert parent is not None, "torch.distributed has no default process group"
+        self._parent = parent
         self._device = device
         self._timeout = timeout
         self._topology = topology
@@ -116,7 +118,9 @@ class Communicator:
         self._failure: CommunicationError | None = None
 
         backend = backend_of(self._parent, device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._uses_thread = device.type == "cpu" or backend == "gloo"
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -156,9 +160,7 @@ class Communicator:
             exposed_seconds=self._exposed_seconds,
         )
 
-    def submit(
-        self, label: str, tensor: torch.Tensor, procedure: Callable[[], None]
-    ) -> torch.futures.Future[torch.Tensor]:
+    def submit(self, label: str, tensor: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
         """Runs `procedure`, which overwrites `tensor`, in the background; submitted in the same order on all ranks.
 
         Args:

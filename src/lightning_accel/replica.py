@@ -13,10 +13,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, Parameters
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, Parameters
 from lightning_accel.communicator import Communicator, Statistics
 from lightning_accel.topology import discover
 
@@ -61,7 +60,7 @@ class Replica:
         self._is_closed = False
         ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
         # Outside of what torch.compile may trace: moments are side effects.
-        forward_hook = torch.compiler.disable(self._before_forward)
+        forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
         self._handles += [optimizer.register_step_pre_hook(self._before_optimizer_step) for optimizer in optimizers]
 
@@ -129,14 +128,14 @@ class Replica:
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         self.before_step()
 
-    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         label = f"bucket {bucket.index()}"
         self._has_reduced = True
         if not self._backward_is_armed:
             self._backward_is_armed = True
             # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
             # works, and from where an error reaches the training thread as it is.
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         try:
             return self.algorithm.reduce_gradients(bucket, label)
         except Exception as error:
@@ -147,9 +146,7 @@ class Replica:
         self.communicator.wait()
 
 
-def _reduce_bucket(
-    replica: Callable[[], Replica | None], bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def _reduce_bucket(replica: Callable[[], Replica | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The hook that DDP calls; a weak reference, so that a DDP instance does not keep threads and groups alive."""
     attached = replica()
     if attached is None or attached._is_closed:

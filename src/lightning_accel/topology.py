@@ -15,7 +15,7 @@ Hierarchical = bool | Literal["auto"]
 
 def check_hierarchical(value: object) -> None:
     """Raises ValueError unless `value` is True, False or "auto"."""
-    if value not in (True, False, "auto") or isinstance(value, (int, float)) and not isinstance(value, bool):
+    if not isinstance(value, bool) and value != "auto":
         raise ValueError(f'hierarchical must be True, False or "auto": got {value!r}')
 
 

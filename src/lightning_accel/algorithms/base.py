@@ -14,12 +14,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from lightning_accel.communicator import Communicator
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket as GradBucket
     from torch.nn.parallel import DistributedDataParallel
+else:
+    from torch.distributed import GradBucket  # DDP compares a hook's annotation with this very class
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class BoundAlgorithm:
         self.context = context
         self.communicator = context.communicator
 
-    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+    def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         """Starts to reduce a bucket that backward has filled; the future delivers what becomes the gradient.
 
         Called in the same order on all ranks, during backward: it must not wait. By default the local gradient stays.

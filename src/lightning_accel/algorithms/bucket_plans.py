@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from lightning_accel.algorithms.base import Context
+from lightning_accel.algorithms.base import Context, GradBucket
 from lightning_accel.collectives import (
     HierarchicalPlan,
     TwoShotPlan,
@@ -43,7 +42,7 @@ class BucketPlans:
         self._flat_plans: dict[tuple[int, ...], TwoShotPlan] = {}
         self._hierarchical_plans: dict[tuple[int, ...], HierarchicalPlan] = {}
 
-    def all_reduce(self, bucket: dist.GradBucket, label: str, divisor: int) -> torch.futures.Future[torch.Tensor]:
+    def all_reduce(self, bucket: GradBucket, label: str, divisor: int) -> torch.futures.Future[torch.Tensor]:
         """Submits the bucket's all_reduce; the future delivers the sum divided by `divisor`, in the bucket's own buffer."""
         communicator, gradients = self._communicator, bucket.buffer()
         parameters = tuple(self._places[id(parameter)] for parameter in bucket.parameters())

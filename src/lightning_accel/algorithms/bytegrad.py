@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, register_algorithm
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.codecs import check_codec
 from lightning_accel.topology import Hierarchical, check_hierarchical
@@ -64,7 +63,7 @@ class _ByteGrad(BoundAlgorithm):
         self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical)
         self._divisor = context.communicator.world_size if options.average else 1
 
-    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+    def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         if self.communicator.world_size == 1:
             return super().reduce_gradients(bucket, label)
         return self._plans.all_reduce(bucket, label, self._divisor)

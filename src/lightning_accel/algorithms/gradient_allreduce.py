@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, register_algorithm
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.topology import Hierarchical, check_hierarchical
 
@@ -52,7 +51,7 @@ class _Flat(BoundAlgorithm):
         super().__init__(context)
         self._options = options
 
-    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+    def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
         if self._options.average:
             # Before the sum, as DDP does, so that float16 does not overflow; and with DDP's own two ways to divide.
@@ -69,5 +68,5 @@ class _Hierarchical(BoundAlgorithm):
         self._plans = BucketPlans(context, "none", hierarchical=True)
         self._divisor = context.communicator.world_size if options.average else 1
 
-    def reduce_gradients(self, bucket: dist.GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+    def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         return self._plans.all_reduce(bucket, label, self._divisor)

@@ -1,0 +1,255 @@
+# mypy: disable-error-code="misc"
+"""All of the strategy but its base class, so that it serves each Lightning root; it imports none."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_accel_autoload
+from lightning_accel.algorithms import Algorithm, make_algorithm
+from lightning_accel.communicator import Statistics
+from lightning_accel.replica import Replica
+
+if TYPE_CHECKING:
+    # Either root's DDPStrategy.
+    _Base = Any
+else:
+    _Base = object
+
+_log = logging.getLogger(__name__)
+
+_CHECKPOINT_KEY = "lightning_accel"
+
+_REFUSED = {
+    "ddp_comm_state": "the algorithm is the communication hook",
+    "ddp_comm_hook": "the algorithm is the communication hook; write your own with lightning_accel.register_algorithm",
+    "ddp_comm_wrapper": "the algorithm is the communication hook; choose its codec instead",
+    "model_averaging_period": "averaging belongs to the algorithm",
+}
+"""Arguments of DDPStrategy that would take the algorithm's place, and why each is refused."""
+
+
+class AccelMixin(_Base):
+    """Data-parallel training whose communication is chosen by one word.
+
+    The model is wrapped in torch's DDP; the algorithm decides what travels.
+
+    Args:
+        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
+        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
+        average: the mean of gradients (default) or, with False, their sum.
+        accelerator: as in DDPStrategy, and so the following, down to `start_method`.
+        parallel_devices: devices of this node.
+        cluster_environment: ranks and addresses.
+        checkpoint_io: how checkpoints are written.
+        precision_plugin: of the Trainer's precision.
+        process_group_backend: "gloo", "nccl" or another backend of torch.distributed.
+        timeout: of each collective; a failed peer is noticed at the latest after it.
+        start_method: "popen", "spawn", "fork" or "forkserver".
+        **kwargs: of torch's DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph,
+            gradient_as_bucket_view.
+
+    An option left at None has the algorithm's own default.
+
+    Raises:
+        ValueError: for an unknown algorithm or a wrong value.
+        TypeError: for an unknown option or argument, with the valid ones.
+
+    Example:
+        >>> Trainer(strategy=AccelStrategy(algorithm="bytegrad", codec="int8"), devices=2)  # doctest: +SKIP
+    """
+
+    strategy_name = "accel"
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "gradient_allreduce",
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        codec: str | None = None,
+        hierarchical: bool | Literal["auto"] | None = None,
+        average: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        _check_ddp_arguments(kwargs, list(options))
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **kwargs,
+        )
+        self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
+        self._replica: Replica | None = None
+        self._restored: dict[str, Any] | None = None
+        self._statistics = Statistics()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm's options."""
+        return self._algorithm
+
+    @property
+    def statistics(self) -> Statistics:
+        """What communication cost this rank in the fit that runs, or in the last one."""
+        return self._replica.statistics if self._replica is not None else self._statistics
+
+    def _configure_launcher(self) -> None:
+        # The first moment that knows the device, before any process is started.
+        if self.root_device.type == "mps":
+            raise ValueError(
+                "AccelStrategy trains on CPU and CUDA; Apple's MPS has no collective communication. "
+                "Use Trainer(accelerator='cpu'), or Trainer(strategy='auto') for one MPS device."
+            )
+        super()._configure_launcher()
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA only; ours is what communicates, so always.
+        assert isinstance(self.model, DistributedDataParallel)
+        self._close_replica()
+        self._replica = Replica(self.model, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
+        self._apply_restored()
+
+    def optimizer_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Steps; forward and backward run inside the closure, and the round ends right after them."""
+
+        def closure_of_round() -> Any:
+            output = closure()
+            if self._replica is not None:
+                self._replica.before_step()
+            return output
+
+        return super().optimizer_step(optimizer, closure_of_round, model, **kwargs)
+
+    def on_validation_start(self) -> None:
+        """Evaluates one model, equal on all ranks."""
+        super().on_validation_start()
+        self._reach_consensus()
+
+    def on_test_start(self) -> None:
+        """Evaluates one model, equal on all ranks."""
+        super().on_test_start()
+        self._reach_consensus()
+
+    def on_predict_start(self) -> None:
+        """Evaluates one model, equal on all ranks."""
+        super().on_predict_start()
+        self._reach_consensus()
+
+    def on_train_end(self) -> None:
+        """Leaves one model, equal on all ranks."""
+        super().on_train_end()
+        self._reach_consensus()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Saves one model, equal on all ranks."""
+        self._reach_consensus()
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Adds the algorithm's state; other strategies ignore it."""
+        if self._replica is not None:
+            checkpoint[_CHECKPOINT_KEY] = {
+                "version": 1,
+                "algorithm": self._algorithm.name,
+                "world_size": self.world_size,
+                "replica": self._replica.state_dict(),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Takes the algorithm's state out of a checkpoint, if it has one."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+        self._restored = checkpoint.get(_CHECKPOINT_KEY)
+        self._apply_restored()
+        return checkpoint
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Puts our names in the advice that DDPStrategy adds to torch's errors."""
+        super().on_exception(exception)
+        exception.args = tuple(
+            argument.replace("strategy='ddp_", "strategy='accel_").replace("DDPStrategy(", "AccelStrategy(")
+            if isinstance(argument, str)
+            else argument
+            for argument in exception.args
+        )
+
+    def teardown(self) -> None:
+        """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
+        self._close_replica()
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers `accel` and its variants in a root's registry."""
+        lightning_accel_autoload.register(strategy_registry, cls.__module__)
+
+    def _reach_consensus(self) -> None:
+        # After an exception callbacks save on the failing rank alone: no collective there.
+        module = self.lightning_module
+        trainer = module._trainer if module is not None else None
+        if self._replica is not None and not (trainer is not None and trainer.state.status == "interrupted"):
+            self._replica.consensus()
+
+    def _apply_restored(self) -> None:
+        if self._replica is None or self._restored is None:
+            return
+        restored, self._restored = self._restored, None
+        if restored["algorithm"] != self._algorithm.name:
+            _log.warning(
+                "the checkpoint is of algorithm %r, this run uses %r: its state starts anew",
+                restored["algorithm"],
+                self._algorithm.name,
+            )
+            return
+        self._replica.load_state_dict(restored["replica"])
+
+    def _close_replica(self) -> None:
+        replica, self._replica = self._replica, None
+        if replica is not None:
+            self._statistics = replica.statistics
+            replica.close()
+
+
+def _check_ddp_arguments(arguments: dict[str, Any], options: list[str]) -> None:
+    """Refuses what neither we nor DistributedDataParallel take, before any process is started."""
+    for name, reason in _REFUSED.items():
+        if arguments.pop(name, None) is not None:
+            raise ValueError(f"AccelStrategy does not take {name}: {reason}")
+    own = inspect.signature(DistributedDataParallel.__init__).parameters
+    valid = [name for name in own if name not in ("self", "module", "device_ids", "output_device", "dim")]
+    for name in arguments:
+        if name not in valid:
+            close = difflib.get_close_matches(name, [*options, *valid], n=1)
+            raise TypeError(
+                f"AccelStrategy takes the options {', '.join(options)} and DistributedDataParallel's {', '.join(valid)}: "
+                f"got {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )

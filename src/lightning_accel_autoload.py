@@ -1,0 +1,102 @@
+"""Makes the strategy's names known to Lightning without an import by the user.
+
+Lightning has no entry point for strategies. PyTorch has one that runs at the end of `import torch` (group `torch.backends`,
+switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0), and everything in Lightning imports torch first. So this module places a
+finder that, once a Lightning root's `strategies` module has been executed, registers factories in its registry. The factories
+import the package when a strategy is made, not before.
+
+This module imports the standard library only, and nothing here may raise: an exception would break `import torch`.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import Any
+
+ALGORITHMS = ("gradient_allreduce", "bytegrad")
+"""Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
+
+_ROOTS = {
+    "lightning.pytorch.strategies": "lightning_accel.strategy.lightning_root",
+    "pytorch_lightning.strategies": "lightning_accel.strategy.pytorch_lightning_root",
+}
+"""Modules with a `StrategyRegistry`, and where our class for each is."""
+
+
+def strategy_names() -> dict[str, dict[str, Any]]:
+    """All names, with the arguments each gives to the strategy."""
+    names: dict[str, dict[str, Any]] = {"accel": {}}
+    names.update({f"accel_{algorithm}": {"algorithm": algorithm} for algorithm in ALGORITHMS})
+    names["accel_spawn"] = {"start_method": "spawn"}
+    names["accel_fork"] = {"start_method": "fork"}
+    names["accel_notebook"] = {"start_method": "fork"}
+    for name, arguments in list(names.items()):
+        for value in (True, False):
+            flag = {"find_unused_parameters": value}
+            names[f"{name}_find_unused_parameters_{str(value).lower()}"] = {**arguments, **flag}
+    return names
+
+
+def register(registry: Any, implementation: str) -> None:
+    """Adds the names to a root's registry; those it has already stay.
+
+    Args:
+        registry: a Lightning `StrategyRegistry`.
+        implementation: module whose `AccelStrategy` the names make.
+    """
+
+    def accel_strategy(**arguments: Any) -> Any:
+        return importlib.import_module(implementation).AccelStrategy(**arguments)
+
+    for name, arguments in strategy_names().items():
+        if name not in registry:
+            described = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            registry.register(name, accel_strategy, description=f"AccelStrategy({described})", **arguments)
+
+
+def activate() -> None:
+    """Registers in every root that is or will be imported. Idempotent; never raises."""
+    try:
+        for name, implementation in _ROOTS.items():
+            registry = getattr(sys.modules.get(name), "StrategyRegistry", None)
+            if registry is not None:
+                register(registry, implementation)
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+    except Exception:  # noqa: S110 - `import torch` must not fail for this
+        pass
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing by itself: it lets the others find a root's module, and wraps its loader."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _ROOTS:
+            return None
+        try:
+            sys.meta_path.remove(self)
+            try:
+                spec = importlib.util.find_spec(name)
+            finally:
+                sys.meta_path.insert(0, self)
+        except Exception:
+            return None  # let the import system find the same error by itself
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Registers after the module has been executed; after that, the module shows its own loader again."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        activate()
