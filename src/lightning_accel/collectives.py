@@ -143,13 +143,11 @@ class TwoShotPlan:
     Attributes:
         everything: all pieces of the tensor; rank k's lie from k * stride_bytes on.
         own: this rank's pieces, as one message from 0 on.
-        own_offset: first byte of this rank's message.
         stride_bytes: bytes of a message.
     """
 
     everything: codecs.Plan
     own: codecs.Plan
-    own_offset: int
     stride_bytes: int
 
     @classmethod
@@ -165,7 +163,7 @@ class TwoShotPlan:
             [piece.numel for part in by_owner for piece in part],
             [k * stride_bytes + offset for k, message in enumerate(messages) for offset in message.wire_offsets],
         )
-        return cls(everything, messages[rank], rank * stride_bytes, stride_bytes)
+        return cls(everything, messages[rank], stride_bytes)
 
 
 def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float) -> None:
@@ -177,7 +175,8 @@ def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group,
     4. all_gather: every rank receives the codes of all means.
     5. Decode them, the own ones too, so that all ranks end bit-identical.
 
-    Bytes sent by each rank: 2 (n-1) messages of about 1/n of the tensor's code; messages: 2.
+    Bytes sent by each rank: 2 (n-1) messages of about 1/n of the tensor's code; messages: 2. `compressed_reduce_scatter` is
+    steps 1 to 3, `compressed_all_gather` 4 and 5; run in two lanes, one tensor's second half overlaps the next one's first.
 
     Args:
         tensor: one-dimensional, of the plan's dtype; overwritten. Elements outside the plan keep their value.
@@ -186,16 +185,45 @@ def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group,
         scratch: reused; nothing is allocated once it has grown.
         divisor: the number of ranks for a mean, 1 for a sum.
     """
-    n, device = group.world_size, tensor.device
-    sent = scratch.bytes("sent", n * plan.stride_bytes, device)
-    received = scratch.bytes("received", n * plan.stride_bytes, device)
+    mean = scratch.bytes("mean", plan.stride_bytes, tensor.device)
+    compressed_reduce_scatter(tensor, plan, mean, group, scratch, divisor=divisor)
+    compressed_all_gather(mean, plan, tensor, group, scratch)
 
+
+def compressed_reduce_scatter(
+    tensor: torch.Tensor, plan: TwoShotPlan, mean: torch.Tensor, group: Group, scratch: Scratch, *, divisor: float
+) -> None:
+    """Steps 1 to 3 of `compressed_all_reduce`: `mean` becomes the code of this rank's blocks' mean. Collective.
+
+    Args:
+        tensor: read only.
+        plan: the same layout on all ranks.
+        mean: `plan.stride_bytes` bytes, overwritten.
+        group: the ranks.
+        scratch: reused.
+        divisor: the number of ranks for a mean, 1 for a sum.
+    """
+    n, stride_bytes = group.world_size, plan.stride_bytes
+    sent = scratch.bytes("sent", n * stride_bytes, tensor.device)
+    received = scratch.bytes("received", n * stride_bytes, tensor.device)
     codecs.encode(plan.everything, tensor, sent)  # (1)
     group.all_to_all(received, sent, scratch)  # (2)
-    mean = sent[plan.own_offset : plan.own_offset + plan.stride_bytes]  # read by nobody any more
-    codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=plan.stride_bytes, divisor=divisor)  # (3)
-    group.all_gather(received, mean, scratch)  # (4)
-    codecs.decode(plan.everything, received, tensor)  # (5)
+    codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=stride_bytes, divisor=divisor)  # (3)
+
+
+def compressed_all_gather(mean: torch.Tensor, plan: TwoShotPlan, tensor: torch.Tensor, group: Group, scratch: Scratch) -> None:
+    """Steps 4 and 5 of `compressed_all_reduce`: `tensor` becomes the means of all ranks' blocks. Collective.
+
+    Args:
+        mean: what `compressed_reduce_scatter` left; read only.
+        plan: the same layout on all ranks.
+        tensor: overwritten.
+        group: the ranks.
+        scratch: reused.
+    """
+    gathered = scratch.bytes("gathered", group.world_size * plan.stride_bytes, tensor.device)
+    group.all_gather(gathered, mean, scratch)  # (4)
+    codecs.decode(plan.everything, gathered, tensor)  # (5)
 
 
 @dataclass(frozen=True)
@@ -239,50 +267,74 @@ class HierarchicalPlan:
                     numels.append(run.numel)
                     share_numel += run.numel
         value_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # Nothing is quantised where nothing leaves the node.
+        between_codec = codec if peers.world_size > 1 else "none"
         return cls(
             inside=TwoShotPlan.build("none", dtype, pieces_of(layout, places), node.world_size, node.rank),
             share=codecs.Plan("none", dtype, starts, numels),
             share_numel=share_numel,
-            between=TwoShotPlan.build(codec, value_dtype, inner_pieces, peers.world_size, peers.rank),
+            between=TwoShotPlan.build(between_codec, value_dtype, inner_pieces, peers.world_size, peers.rank),
         )
 
 
-def hierarchical_all_reduce(
-    tensor: torch.Tensor, plan: HierarchicalPlan, node: Group, peers: Group, scratch: Scratch, *, divisor: float
+def hierarchical_reduce_scatter(
+    tensor: torch.Tensor,
+    plan: HierarchicalPlan,
+    mean: torch.Tensor,
+    node: Group,
+    peers: Group,
+    scratch: Scratch,
+    *,
+    divisor: float,
 ) -> None:
-    """Replaces `tensor` by its sum over all ranks divided by `divisor`; only what leaves a node is compressed. Collective.
+    """First half of a hierarchical all_reduce; only what leaves a node is compressed. Collective.
 
     1. all_to_all inside the node, uncompressed: every rank receives the node's values of its share.
     2. Sum the share in order of local ranks, in float32 (float64 for float64).
-    3. compressed_all_reduce of the share among the ranks of equal local rank, one a node. On a single node the share is
-       divided only, and nothing is quantised.
-    4. all_gather inside the node, in the tensor's dtype.
+    3. compressed_reduce_scatter of the share among the ranks of equal local rank, one a node.
 
     Args:
-        tensor: one-dimensional, overwritten.
+        tensor: one-dimensional, of the plan's dtype; read only.
         plan: from the same layout on all ranks.
+        mean: `plan.between.stride_bytes` bytes, overwritten.
         node: ranks of this node.
         peers: ranks of equal local rank, in the order of nodes.
         scratch: reused.
         divisor: the number of all ranks for a mean, 1 for a sum.
     """
-    device, inside = tensor.device, plan.inside
-    sent = scratch.bytes("node sent", node.world_size * inside.stride_bytes, device)
-    received = scratch.bytes("node received", node.world_size * inside.stride_bytes, device)
+    device, stride_bytes = tensor.device, plan.inside.stride_bytes
+    sent = scratch.bytes("node sent", node.world_size * stride_bytes, device)
+    received = scratch.bytes("node received", node.world_size * stride_bytes, device)
     share = scratch.values("share", plan.share_numel, plan.share.value_dtype, device)
-
-    codecs.encode(inside.everything, tensor, sent)
+    codecs.encode(plan.inside.everything, tensor, sent)
     node.all_to_all(received, sent, scratch)  # (1)
     share.zero_()
     for k in range(node.world_size):
-        codecs.decode_accumulate(plan.share, received[k * inside.stride_bytes :], share)  # (2)
-    if peers.world_size > 1:
-        compressed_all_reduce(share, plan.between, peers, scratch, divisor=divisor)  # (3)
-    else:
-        share.div_(divisor)
-    mean = sent[inside.own_offset : inside.own_offset + inside.stride_bytes]
-    result = scratch.values("share result", plan.share_numel, tensor.dtype, device)
-    result.copy_(share)
-    codecs.encode(plan.share, result, mean)
-    node.all_gather(received, mean, scratch)  # (4)
-    codecs.decode(inside.everything, received, tensor)
+        codecs.decode_accumulate(plan.share, received[k * stride_bytes :], share)  # (2)
+    compressed_reduce_scatter(share, plan.between, mean, peers, scratch, divisor=divisor)  # (3)
+
+
+def hierarchical_all_gather(
+    mean: torch.Tensor, plan: HierarchicalPlan, tensor: torch.Tensor, node: Group, peers: Group, scratch: Scratch
+) -> None:
+    """Second half: `tensor` becomes the mean over all ranks. Collective.
+
+    4. compressed_all_gather of the share among the ranks of equal local rank.
+    5. all_gather inside the node, in the tensor's dtype.
+
+    Args:
+        mean: what `hierarchical_reduce_scatter` left; read only.
+        plan: from the same layout on all ranks.
+        tensor: overwritten.
+        node: ranks of this node.
+        peers: ranks of equal local rank, in the order of nodes.
+        scratch: reused.
+    """
+    device, inside = tensor.device, plan.inside
+    share = scratch.values("share", plan.share_numel, plan.share.value_dtype, device)
+    compressed_all_gather(mean, plan.between, share, peers, scratch)  # (4)
+    rounded = scratch.values("rounded share", plan.share_numel, tensor.dtype, device)
+    rounded.copy_(share)
+    message = scratch.bytes("node message", inside.stride_bytes, device)
+    codecs.encode(plan.share, rounded, message)
+    compressed_all_gather(message, inside, tensor, node, scratch)  # (5)

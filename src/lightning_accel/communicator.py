@@ -1,7 +1,7 @@
 """Communication in the background: own process groups, one order on all ranks, counters, and failures that end training.
 
-On the CPU, and where gloo carries CUDA tensors, a daemon thread runs what is submitted, in the order of submission. On NCCL no
-Python thread issues work: what is submitted is enqueued at once, on a side stream.
+On the CPU, and where gloo carries CUDA tensors, a daemon thread for each lane runs what is submitted, in the order of
+submission. On NCCL no Python thread issues work: what is submitted is enqueued at once, on a side stream for each lane.
 
 The first failure poisons a communicator for good. A collective that one rank missed would let its peers pair later ones up
 wrongly and train on with wrong gradients, so nothing more is issued, everything pending and later fails with it, and the
@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -49,14 +49,82 @@ class Statistics:
     Attributes:
         sent_bytes: bytes sent to other ranks.
         full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends.
-        communication_seconds: spent in communication, most of it beside backward.
-        exposed_seconds: the training thread's share of that: it waited.
+        communication_seconds: spent in communication, most of it beside backward; lanes that overlap count each.
+        exposed_seconds: the training thread's share: it waited.
     """
 
     sent_bytes: int = 0
     full_precision_bytes: int = 0
     communication_seconds: float = 0.0
     exposed_seconds: float = 0.0
+
+
+class Lane:
+    """One ordered sequence of collectives, with process groups and scratch memory that nothing else uses.
+
+    Work in one lane runs in the order it was submitted; two lanes run side by side.
+
+    Attributes:
+        group: all ranks.
+        scratch: for the procedures run in this lane.
+    """
+
+    def __init__(self, name: str, group: Group, node: Group | None, peers: Group | None, device: torch.device) -> None:
+        self.group = group
+        self.scratch = Scratch()
+        self._node = node
+        self._peers = peers
+        self._device = device
+        self._name = name
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.stream: torch.cuda.Stream | None = None
+        """Where the lane's work on a GPU is enqueued."""
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def node(self) -> Group:
+        """Ranks on this node."""
+        assert self._node is not None, "this lane was opened without groups of nodes"
+        return self._node
+
+    @property
+    def peers(self) -> Group:
+        """Ranks of equal local rank, one a node."""
+        assert self._peers is not None, "this lane was opened without groups of nodes"
+        return self._peers
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those it has."""
+        return [group for group in (self.group, self._node, self._peers) if group is not None]
+
+    def enqueue(self, run: Callable[[], None]) -> None:
+        """Lets the lane's thread run it, after what was enqueued before."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"lightning_accel {self._name}", daemon=True)
+            self._thread.start()
+        self._queue.put(run)
+
+    def close(self) -> bool:
+        """Ends the thread; False if it did not end within a bound."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        self._queue.put(None)
+        thread.join(_GRACE_SECONDS)
+        return not thread.is_alive()
+
+    def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        while (run := self._queue.get()) is not None:
+            run()
+
+
+Stage = tuple[Lane, Callable[[], None]]
+"""A procedure, and the lane it runs in."""
 
 
 class _Task:
@@ -68,7 +136,6 @@ class _Task:
         self.future: torch.futures.Future[torch.Tensor] = torch.futures.Future(
             devices=[tensor.device] if tensor.is_cuda else None
         )
-        self.started = time.perf_counter()
 
     def deliver(self) -> torch.futures.Future[torch.Tensor]:
         self.future.set_result(self.tensor)
@@ -76,14 +143,14 @@ class _Task:
 
 
 class Communicator:
-    """Runs one replica's communication. Collective: all ranks of `process_group` make it, close it, and submit alike.
+    """Runs one replica's communication. Collective: all ranks of `process_group` make it, open lanes, and submit alike.
 
     Args:
         name: the algorithm's, for messages.
         process_group: whose ranks take part; None is the default group. It carries nothing of ours: groups of our own do.
         device: of the tensors.
-        timeout: of a collective; None takes the default of the backend.
-        topology: ranks by node, for the groups `node` and `peers`.
+        timeout: of a collective; None takes the backend's default.
+        topology: ranks by node.
     """
 
     def __init__(
@@ -94,22 +161,20 @@ class Communicator:
         timeout: timedelta | None,
         topology: Topology,
     ) -> None:
-        self._name = name
         parent = process_group if process_group is not None else dist.group.WORLD
         assert parent is not None, "torch.distributed has no default process group"
+        self._name = name
         self._parent = parent
         self._device = device
         self._timeout = timeout
-        self._topology = topology
-        self.rank = dist.get_rank(self._parent)
-        self.world_size = dist.get_world_size(self._parent)
+        self.topology = topology
+        self.rank = dist.get_rank(parent)
+        self.world_size = dist.get_world_size(parent)
+        self._uses_threads = device.type == "cpu" or backend_of(parent, device) == "gloo"
+        self._lanes: list[Lane] = []
         self._owned: list[dist.ProcessGroup] = []
-        self.group = self._new_group(tuple(range(self.world_size)))
-        self._node: Group | None = None
-        self._peers: Group | None = None
-        self.scratch = Scratch()
+
         self._full_precision_bytes = 0
-        self._direct_bytes = 0
         self._communication_seconds = 0.0
         self._exposed_seconds = 0.0
 
@@ -117,92 +182,63 @@ class Communicator:
         self._pending: list[_Task] = []
         self._failure: CommunicationError | None = None
 
-        backend = backend_of(self._parent, device)
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._uses_thread = device.type == "cpu" or backend == "gloo"
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    @property
-    def node(self) -> Group:
-        """Ranks on this node."""
-        if self._node is None:
-            raise RuntimeError("groups of nodes were not made; call connect_nodes() first, on all ranks")
-        return self._node
-
-    @property
-    def peers(self) -> Group:
-        """Ranks of equal local rank, one a node."""
-        if self._peers is None:
-            raise RuntimeError("groups of nodes were not made; call connect_nodes() first, on all ranks")
-        return self._peers
-
-    def connect_nodes(self) -> None:
-        """Makes the groups `node` and `peers`. Collective."""
-        self._node = self._new_group(self._topology.node_of(self.rank))
-        self._peers = self._new_group(self._topology.peers_of(self.rank))
-
-    @property
-    def topology(self) -> Topology:
-        """Ranks by node."""
-        return self._topology
+    def open_lane(self, *, with_nodes: bool = False) -> Lane:
+        """Makes a lane, with the groups `node` and `peers` too if asked for. Collective."""
+        everybody = self._new_group(tuple(range(self.world_size)))
+        node = self._new_group(self.topology.node_of(self.rank)) if with_nodes else None
+        peers = self._new_group(self.topology.peers_of(self.rank)) if with_nodes else None
+        lane = Lane(f"{self._name} {len(self._lanes)}", everybody, node, peers, self._device)
+        self._lanes.append(lane)
+        return lane
 
     @property
     def statistics(self) -> Statistics:
         """Counters since the start."""
-        groups = [group for group in (self.group, self._node, self._peers) if group is not None]
         return Statistics(
-            sent_bytes=self._direct_bytes + sum(group.sent_bytes for group in groups),
+            sent_bytes=sum(group.sent_bytes for lane in self._lanes for group in lane.groups),
             full_precision_bytes=self._full_precision_bytes,
             communication_seconds=self._communication_seconds,
             exposed_seconds=self._exposed_seconds,
         )
 
-    def submit(self, label: str, tensor: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
-        """Runs `procedure`, which overwrites `tensor`, in the background; submitted in the same order on all ranks.
+    def submit(self, label: str, tensor: torch.Tensor, *stages: Stage) -> torch.futures.Future[torch.Tensor]:
+        """Runs procedures that overwrite `tensor`, one after the other, in the background; in the same order on all ranks.
 
         Args:
             label: what this is, for messages, such as "bucket 3".
             tensor: what the future delivers; where communication failed, with its local value, and `wait` raises.
-            procedure: communicates with `self.group`, `node`, `peers` and `self.scratch` only.
+            stages: procedures, each with its lane; they use groups and scratch of that lane only.
         """
         self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         if not self._begin(task):
             return task.deliver()
-        if self._stream is None:
-            self._enqueue(lambda: self._run(task, procedure))
-            return task.future
-        ready = torch.cuda.current_stream(self._device).record_event()
-        tensor.record_stream(self._stream)
-        if self._uses_thread:
-            self._enqueue(lambda: self._run_on_stream(task, procedure, ready))
-        else:
-            self._run_on_stream(task, procedure, ready)
+        ready = torch.cuda.current_stream(self._device).record_event() if tensor.is_cuda else None
+        self._run_stages(task, stages, ready)
         return task.future
 
-    def all_reduce(self, label: str, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    def all_reduce(self, label: str, tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[torch.Tensor]:
         """Sums `tensor` over all ranks in the background, by the backend's own all_reduce: no thread of ours between.
 
         Arguments and failures as in `submit`.
         """
         self._full_precision_bytes += self._ring_bytes(tensor)
-        self._direct_bytes += self._ring_bytes(tensor)
+        lane.group.sent_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         if not self._begin(task):
             return task.deliver()
+        started = time.perf_counter()
 
         def finish(done: torch.futures.Future[list[torch.Tensor]]) -> None:
             try:
                 done.value()
             except Exception as error:
                 self._fail(error, label)
+            self._count_seconds(started)
             self._finish(task)
 
         try:
-            work = dist.all_reduce(tensor, group=self.group.process_group, async_op=True)
+            work = dist.all_reduce(tensor, group=lane.group.process_group, async_op=True)
             assert work is not None
             work.get_future().add_done_callback(finish)
         except Exception as error:
@@ -222,7 +258,7 @@ class Communicator:
         limit = (self._timeout or default_pg_timeout).total_seconds() + _GRACE_SECONDS
         with self._changed:
             first = None
-            while self._pending and self._uses_thread:
+            while self._pending and self._uses_threads:
                 now = time.perf_counter()
                 if self._pending[0] is not first:
                     first, progress = self._pending[0], now
@@ -244,15 +280,11 @@ class Communicator:
         return _Task(label, tensor).deliver()
 
     def close(self) -> None:
-        """Ends the thread and gives the groups back; waits a bounded time, and never raises."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._queue.put(None)
-            thread.join(_GRACE_SECONDS)
-            if thread.is_alive():
-                _log.warning("communication of %s did not end within %.0f s; its thread is left", self._name, _GRACE_SECONDS)
-                return
-        if self._failure is None:
+        """Ends the threads and gives the groups back; waits a bounded time, and never raises."""
+        ended = [lane.close() for lane in self._lanes]
+        if not all(ended):
+            _log.warning("communication of %s did not end within %.0f s; a thread is left", self._name, _GRACE_SECONDS)
+        elif self._failure is None:
             self._destroy_groups()
 
     def _new_group(self, ranks: tuple[int, ...]) -> Group:
@@ -271,12 +303,41 @@ class Communicator:
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
         return 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
 
+    def _count_seconds(self, started: float) -> None:
+        with self._changed:
+            self._communication_seconds += time.perf_counter() - started
+
     def _begin(self, task: _Task) -> bool:
         """Notes a task as pending; False when communication has failed and nothing more may be issued."""
         with self._changed:
             if self._failure is None:
                 self._pending.append(task)
             return self._failure is None
+
+    def _run_stages(self, task: _Task, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
+        """Passes a task on to its next stage, or delivers it; on a GPU, `ready` says when the stage before has written."""
+        if not stages:
+            self._finish(task)
+            return
+        lane, procedure = stages[0]
+
+        def run() -> None:
+            if self._failure is not None:
+                return  # delivered already
+            started = time.perf_counter()
+            try:
+                with _on_stream(lane, task.tensor, ready) as written:
+                    procedure()
+                    self._count_seconds(started)
+                    # Still on the lane's stream: delivering records an event there, for whoever takes the result.
+                    self._run_stages(task, stages[1:], written())
+            except BaseException as error:
+                self._fail(error, task.label)
+
+        if self._uses_threads:
+            lane.enqueue(run)
+        else:
+            run()
 
     def _finish(self, task: _Task) -> None:
         """Delivers a task, unless a failure has delivered it before."""
@@ -285,7 +346,6 @@ class Communicator:
                 return
             self._pending.remove(task)
             self._changed.notify_all()
-        self._communication_seconds += time.perf_counter() - task.started
         task.deliver()
 
     def _fail(self, error: BaseException, label: str) -> None:
@@ -305,38 +365,22 @@ class Communicator:
         for task in pending:
             task.deliver()
 
-    def _enqueue(self, run: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"lightning_accel {self._name}", daemon=True)
-            self._thread.start()
-        self._queue.put(run)
-
-    def _work(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        while (run := self._queue.get()) is not None:
-            run()
-
-    def _run(self, task: _Task, procedure: Callable[[], None]) -> None:
-        if self._failure is not None:
-            return  # delivered already
-        task.started = time.perf_counter()
-        try:
-            procedure()
-        except BaseException as error:
-            self._fail(error, task.label)
-        else:
-            self._finish(task)
-
-    def _run_on_stream(self, task: _Task, procedure: Callable[[], None], ready: torch.cuda.Event) -> None:
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            # Delivering records an event of this stream: whoever takes the result waits for it.
-            self._run(task, procedure)
-
     def _destroy_groups(self) -> None:
         owned, self._owned = self._owned, []
         for process_group in owned:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
+
+
+@contextlib.contextmanager
+def _on_stream(
+    lane: Lane, tensor: torch.Tensor, ready: torch.cuda.Event | None
+) -> Iterator[Callable[[], torch.cuda.Event | None]]:
+    """On a GPU: what happens inside is enqueued on the lane's stream, after `ready`; gives a way to mark its end."""
+    if lane.stream is None or ready is None:
+        yield lambda: None
+        return
+    with torch.cuda.stream(lane.stream):
+        lane.stream.wait_event(ready)
+        tensor.record_stream(lane.stream)
+        yield lane.stream.record_event

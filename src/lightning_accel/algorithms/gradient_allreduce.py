@@ -50,6 +50,7 @@ class _Flat(BoundAlgorithm):
     def __init__(self, context: Context, options: GradientAllReduce) -> None:
         super().__init__(context)
         self._options = options
+        self._lane = context.communicator.open_lane()
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
@@ -59,7 +60,7 @@ class _Flat(BoundAlgorithm):
                 gradients.div_(self.communicator.world_size)
             else:
                 gradients.mul_(1.0 / self.communicator.world_size)
-        return self.communicator.all_reduce(label, gradients)
+        return self.communicator.all_reduce(label, gradients, self._lane)
 
 
 class _Hierarchical(BoundAlgorithm):

@@ -1,0 +1,33 @@
+"""ByteGrad: g <- Q(1/n sum_r Q(g_r)) for each block of 512 elements of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_accel.reference.collectives import compressed_all_reduce, hierarchical_all_reduce
+
+
+def bytegrad(
+    gradients: Sequence[Sequence[Tensor]],
+    codec: str = "int8",
+    *,
+    nodes: Sequence[Sequence[int]] | None = None,
+    average: bool = True,
+) -> list[Tensor]:
+    """What every rank holds as gradients, by parameter. A single rank keeps its own.
+
+    Args:
+        gradients: of each rank, of each parameter.
+        codec: Q.
+        nodes: ranks of each node, where it is hierarchical; None is flat.
+        average: the mean; False leaves the sum.
+    """
+    if len(gradients) == 1:
+        return list(gradients[0])
+    divisor = len(gradients) if average else 1
+    by_parameter = zip(*gradients, strict=True)
+    if nodes is None:
+        return [compressed_all_reduce(of_ranks, codec, divisor) for of_ranks in by_parameter]
+    return [hierarchical_all_reduce(of_ranks, nodes, codec, divisor) for of_ranks in by_parameter]

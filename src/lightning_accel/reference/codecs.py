@@ -1,0 +1,73 @@
+"""Q(x): what is left of values after encoding and decoding, block by block.
+
+Values are summed in float32 whatever the tensor's dtype, so Q maps float32 to float32; only codec `none` keeps float64. A
+tensor is cut into blocks of 512 from its first element; its last block may be shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK_NUMEL = 512
+
+SMALLEST_ABSMAX = 2.0**-100
+"""A block whose largest magnitude is below this is a block of zeros."""
+
+NAN = torch.tensor(float("nan"))
+"""The one NaN there is; every other one, whatever its bits, becomes this."""
+
+
+def value_dtype(codec: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of `dtype` is computed in."""
+    return torch.float64 if codec == "none" and dtype == torch.float64 else torch.float32
+
+
+def canonical(values: Tensor) -> Tensor:
+    """`values` with every NaN replaced by the canonical one."""
+    return torch.where(values.isnan(), NAN.to(values.dtype), values)
+
+
+def quantise(values: Tensor, codec: str) -> Tensor:
+    """Q(values), one-dimensional, in `value_dtype`."""
+    if codec == "none":
+        return canonical(values)
+    if codec == "fp16":
+        return canonical(values.to(torch.float16).to(torch.float32))
+    if codec == "bf16":
+        return canonical(values.to(torch.bfloat16).to(torch.float32))
+    if values.numel() == 0:
+        return values.clone()
+    quantise_block = {"int8": _int8, "minmax_uint8": _minmax_uint8}[codec]
+    return torch.cat([_quantise_or_poison(block, quantise_block) for block in values.split(BLOCK_NUMEL)])
+
+
+def _quantise_or_poison(block: Tensor, quantise_block: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The rules that all codecs with a scale share: one NaN or Inf poisons its block, and dust is zero."""
+    absmax = block.abs().max()
+    if not absmax.isfinite():
+        return torch.full_like(block, float("nan"))
+    if absmax < SMALLEST_ABSMAX:
+        return torch.zeros_like(block)
+    return quantise_block(block, absmax)
+
+
+def _int8(block: Tensor, absmax: Tensor) -> Tensor:
+    """Code = round(x * (127 / absmax)), x' = code * (absmax / 127); round is half to even."""
+    codes = torch.round(block * (torch.tensor(127.0) / absmax)).to(torch.int8)
+    return codes.to(torch.float32) * (absmax / 127.0)
+
+
+def _minmax_uint8(block: Tensor, absmax: Tensor) -> Tensor:
+    """S = 255 / range, code = clamp(round(x * s), upper - 255, upper) for upper = round(max * s), x' = code * (range / 255).
+
+    range = max(max - min, absmax * 2^-14), written with halves: max - min may exceed the largest float32.
+    """
+    half_range = torch.maximum(block.max() * 0.5 - block.min() * 0.5, absmax * 2.0**-15)
+    levels_per_unit = torch.tensor(127.5) / half_range
+    upper = torch.round(block.max() * levels_per_unit)
+    lower = upper - 255.0
+    codes = torch.minimum(torch.maximum(torch.round(block * levels_per_unit), lower), upper) - lower  # 0..255, on the wire
+    return (codes + lower) * (half_range / 127.5)
