@@ -22,7 +22,8 @@ CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8")
 BLOCK_NUMEL = _native.BLOCK_NUMEL
 """Elements that share one scale, and the unit in which parameters are dealt out to ranks."""
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of tensors that can be sent; the position is the native code."""
 
 
 def check_codec(name: str) -> None:
@@ -54,13 +55,13 @@ class Plan:
         wire_offsets: Sequence[int] | None = None,
     ) -> None:
         check_codec(codec)
-        if dtype not in _DTYPES:
-            raise ValueError(f"only {', '.join(str(d) for d in _DTYPES)} can be sent: got {dtype}")
+        if dtype not in DTYPES:
+            raise ValueError(f"only {', '.join(str(d) for d in DTYPES)} can be sent: got {dtype}")
         self.codec = codec
         self.dtype = dtype
         self.native = _native.Plan(
             CODECS.index(codec),
-            _DTYPES.index(dtype),
+            DTYPES.index(dtype),
             tensor_offsets,
             numels,
             [-1] * len(numels) if wire_offsets is None else wire_offsets,

@@ -52,7 +52,7 @@ class Group:
         """Part k of `sent` goes to rank k; part k of `received` comes from rank k. Equal parts, uint8."""
         self.sent_bytes += sent.numel() // self.world_size * (self.world_size - 1)
         if self.process_group is None:
-            received.copy_(sent)
+            self._copy_alone(received, sent)
         elif self._is_staged(sent):
             host_sent, host_received = scratch.pinned("sent", sent.numel()), scratch.pinned("received", received.numel())
             host_sent.copy_(sent)
@@ -65,7 +65,7 @@ class Group:
         """`gathered` becomes every rank's `sent`, in rank order, uint8."""
         self.sent_bytes += sent.numel() * (self.world_size - 1)
         if self.process_group is None:
-            gathered.copy_(sent)
+            self._copy_alone(gathered, sent)
         elif self._is_staged(sent):
             host_sent, host_gathered = scratch.pinned("sent", sent.numel()), scratch.pinned("received", gathered.numel())
             host_sent.copy_(sent)
@@ -74,13 +74,18 @@ class Group:
         else:
             _all_gather_single(gathered, sent, group=self.process_group)
 
+    def _copy_alone(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        if self.world_size > 1:
+            raise RuntimeError("the group was closed")
+        received.copy_(sent)
+
     def _is_staged(self, tensor: torch.Tensor) -> bool:
         assert self.process_group is not None
         return tensor.is_cuda and backend_of(self.process_group, tensor.device) == "gloo"
 
 
 class Scratch:
-    """Memory that procedures share and keep: it grows to the largest bucket and is never given back in between.
+    """Memory that procedures share and keep: it grows to the largest bucket and is kept until `clear`.
 
     One procedure at a time may use it: the communicator's thread or stream sees to that.
     """
@@ -99,6 +104,10 @@ class Scratch:
     def values(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """`numel` elements of `dtype`, with whatever they held."""
         return self.bytes(name, numel * dtype.itemsize, device).view(dtype)
+
+    def clear(self) -> None:
+        """Gives everything back; the next use allocates anew."""
+        self._memory.clear()
 
     @property
     def allocated_bytes(self) -> int:

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -184,9 +184,10 @@ class Communicator:
 
     def open_lane(self, *, with_nodes: bool = False) -> Lane:
         """Makes a lane, with the groups `node` and `peers` too if asked for. Collective."""
-        everybody = self._new_group(tuple(range(self.world_size)))
-        node = self._new_group(self.topology.node_of(self.rank)) if with_nodes else None
-        peers = self._new_group(self.topology.peers_of(self.rank)) if with_nodes else None
+        nodes = self.topology.nodes
+        everybody = self._new_group([tuple(range(self.world_size))])
+        node = self._new_group(nodes) if with_nodes else None
+        peers = self._new_group(list(zip(*nodes, strict=True))) if with_nodes else None
         lane = Lane(f"{self._name} {len(self._lanes)}", everybody, node, peers, self._device)
         self._lanes.append(lane)
         return lane
@@ -238,7 +239,9 @@ class Communicator:
             self._finish(task)
 
         try:
-            work = dist.all_reduce(tensor, group=lane.group.process_group, async_op=True)
+            process_group = lane.group.process_group
+            assert process_group is not None, "the group was closed"  # None would be torch's default group
+            work = dist.all_reduce(tensor, group=process_group, async_op=True)
             assert work is not None
             work.get_future().add_done_callback(finish)
         except Exception as error:
@@ -287,18 +290,25 @@ class Communicator:
         elif self._failure is None:
             self._destroy_groups()
 
-    def _new_group(self, ranks: tuple[int, ...]) -> Group:
-        if len(ranks) == 1 and self.world_size > 1:
+    def _new_group(self, parts: Sequence[tuple[int, ...]]) -> Group:
+        """Makes the group of each part of the ranks, and returns the one with this rank. Collective."""
+        own = next(part for part in parts if self.rank in part)
+        if len(own) == 1 and self.world_size > 1:
             return Group(None)
-        # Made by its members alone: the parent may be a part of the world.
-        process_group = dist.new_group(
-            [dist.get_global_rank(self._parent, rank) for rank in ranks],
-            timeout=self._timeout,
-            backend=dist.get_backend_config(self._parent),
-            use_local_synchronization=True,
-        )
-        self._owned.append(process_group)
-        return Group(process_group)
+        # Where the parent is the world, every rank makes all groups: torch then numbers them, and never twice alike. Groups
+        # made by their members alone have the name of one that was closed before, and find its addresses in the store.
+        is_world = self._parent is dist.group.WORLD
+        backend = dist.get_backend(self._parent)
+        for part in parts if is_world else [own]:
+            process_group = dist.new_group(
+                [dist.get_global_rank(self._parent, rank) for rank in part],
+                timeout=self._timeout,
+                backend=dist.get_backend_config(self._parent) if backend == dist.Backend.UNDEFINED else backend,
+                use_local_synchronization=not is_world,
+            )
+            if part == own:
+                self._owned.append(process_group)
+        return Group(self._owned[-1])
 
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
         return 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
@@ -366,10 +376,16 @@ class Communicator:
             task.deliver()
 
     def _destroy_groups(self) -> None:
-        owned, self._owned = self._owned, []
-        for process_group in owned:
+        # Nothing may keep the groups from here on. Connections close with the last reference; and one dropped by a callback,
+        # on a thread of the group itself, would wait for that thread.
+        for lane in self._lanes:
+            for group in lane.groups:
+                group.process_group = None
+        while self._owned:
+            process_group = self._owned.pop()
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
+            del process_group
 
 
 @contextlib.contextmanager

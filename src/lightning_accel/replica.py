@@ -114,9 +114,14 @@ class Replica:
         finally:
             self.communicator.close()
 
-    def _before_forward(self, module: torch.nn.Module, arguments: Any) -> None:
+    def _before_forward(self, module: DistributedDataParallel, arguments: Any) -> None:
         if not torch.is_grad_enabled() or self._is_closed:
             return
+        if module._join_config.enable:
+            raise RuntimeError(
+                "DistributedDataParallel.join() cannot be used with an algorithm: a rank without data would answer DDP's own "
+                "all_reduces, not the algorithm's. Give all ranks equally many batches (drop_last=True)."
+            )
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
         if self._in_round and self._has_reduced:

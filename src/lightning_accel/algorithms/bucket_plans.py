@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from lightning_accel.algorithms.base import Context, GradBucket
+from lightning_accel.codecs import DTYPES
 from lightning_accel.collectives import (
     HierarchicalPlan,
     TwoShotPlan,
@@ -53,21 +54,31 @@ class BucketPlans:
         self._codec = codec
         self._hierarchical = hierarchical
         self._places = {id(tensor): place for place, tensor in enumerate(context.parameters.tensors)}
+        for name, tensor in zip(context.parameters.names, context.parameters.tensors, strict=True):
+            if tensor.requires_grad and tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"gradients must be {', '.join(str(dtype) for dtype in DTYPES)}: parameter {name!r} is {tensor.dtype}"
+                )
         self._scattering = context.communicator.open_lane(with_nodes=hierarchical)
         self._gathering = context.communicator.open_lane(with_nodes=hierarchical)
         lane = self._scattering
         owners, inner = (lane.node.world_size, lane.peers.world_size) if hierarchical else (lane.group.world_size, 1)
         self._layout = Layout([tensor.numel() for tensor in context.parameters.tensors], owners, inner)
-        self._halves: dict[tuple[int, ...], _Halves] = {}
+        self._halves: dict[tuple[torch.dtype, tuple[int, ...]], _Halves] = {}
 
     def all_reduce(self, bucket: GradBucket, label: str, divisor: int) -> torch.futures.Future[torch.Tensor]:
         """Submits the bucket's all_reduce; the future delivers the sum divided by `divisor`, in the bucket's own buffer."""
         gradients = bucket.buffer()
+        if gradients.layout != torch.strided:
+            raise TypeError(f"only dense gradients can be coded, got {gradients.layout}: use sparse=False in embeddings")
         parameters = tuple(self._places[id(parameter)] for parameter in bucket.parameters())
-        halves = self._halves.get(parameters)
+        halves = self._halves.get((gradients.dtype, parameters))
         if halves is None:
+            if bucket.index() == 0:
+                self._forget()
             plan = self._plan_hierarchical if self._hierarchical else self._plan_flat
-            halves = self._halves[parameters] = plan(self._find(parameters), gradients)
+            halves = plan(self._find(parameters), gradients)
+            self._halves[gradients.dtype, parameters] = halves
         return self._communicator.submit(
             label,
             gradients,
@@ -79,7 +90,7 @@ class BucketPlans:
         first, second = self._scattering, self._gathering
         pieces = pieces_of(self._layout, places)
         plan = TwoShotPlan.build(self._codec, gradients.dtype, pieces, first.group.world_size, first.group.rank)
-        mean = torch.empty(plan.stride_bytes, dtype=torch.uint8, device=gradients.device)
+        mean = self._message(plan.stride_bytes, gradients.device)
         return _Halves(
             lambda tensor, divisor: compressed_reduce_scatter(tensor, plan, mean, first.group, first.scratch, divisor=divisor),
             lambda tensor: compressed_all_gather(mean, plan, tensor, second.group, second.scratch),
@@ -88,13 +99,30 @@ class BucketPlans:
     def _plan_hierarchical(self, places: list[tuple[int, int]], gradients: torch.Tensor) -> _Halves:
         first, second = self._scattering, self._gathering
         plan = HierarchicalPlan.build(self._codec, gradients.dtype, self._layout, places, first.node, first.peers)
-        mean = torch.empty(plan.between.stride_bytes, dtype=torch.uint8, device=gradients.device)
+        mean = self._message(plan.between.stride_bytes, gradients.device)
         return _Halves(
             lambda tensor, divisor: hierarchical_reduce_scatter(
                 tensor, plan, mean, first.node, first.peers, first.scratch, divisor=divisor
             ),
             lambda tensor: hierarchical_all_gather(mean, plan, tensor, second.node, second.peers, second.scratch),
         )
+
+    def _message(self, wire_bytes: int, device: torch.device) -> torch.Tensor:
+        """Memory that both lanes use, for as long as the plan lives."""
+        message = torch.empty(wire_bytes, dtype=torch.uint8, device=device)
+        for stream in (self._scattering.stream, self._gathering.stream):
+            if stream is not None:
+                message.record_stream(stream)
+        return message
+
+    def _forget(self) -> None:
+        """Drops plans and memory of buckets that DDP has rebuilt.
+
+        Its first backward has one bucket with everything. Called at a backward's first bucket, when nothing is pending.
+        """
+        self._halves.clear()
+        self._scattering.scratch.clear()
+        self._gathering.scratch.clear()
 
     def _find(self, parameters: tuple[int, ...]) -> list[tuple[int, int]]:
         """Pairs of a parameter's place in the layout and its first element in the bucket."""
