@@ -8,6 +8,7 @@ import the package when a strategy is made, not before.
 This module imports the standard library only, and nothing here may raise: an exception would break `import torch`.
 """
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.util
@@ -57,15 +58,13 @@ def register(registry: Any, implementation: str) -> None:
 
 def activate() -> None:
     """Registers in every root that is or will be imported. Idempotent; never raises."""
-    try:
-        for name, implementation in _ROOTS.items():
+    for name, implementation in _ROOTS.items():
+        with contextlib.suppress(Exception):  # `import torch` must not fail for this, nor the other root
             registry = getattr(sys.modules.get(name), "StrategyRegistry", None)
             if registry is not None:
                 register(registry, implementation)
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
-    except Exception:  # noqa: S110 - `import torch` must not fail for this
-        pass
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -1,9 +1,22 @@
 // Chooses the kernels once, by what the machine can run.
 #include "kernels.h"
+
+#if defined(ACCEL_X86)
+#include <cpuid.h>
+#endif
+
 #include "lightning_accel/check.h"
 
 namespace accel::cpu {
 namespace {
+
+#if defined(ACCEL_X86)
+// Not by __builtin_cpu_supports: older compilers do not know the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 struct InstructionSet {
   const char* name;
@@ -14,7 +27,7 @@ std::vector<InstructionSet> available() {
   std::vector<InstructionSet> sets{{"baseline", &baseline::kernels}};
 #if defined(ACCEL_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) {
+  if (__builtin_cpu_supports("avx2") && has_f16c()) {
     sets.push_back({"avx2", &avx2::kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {

@@ -5,22 +5,13 @@
 // its second pass.
 #include "kernels.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "lightning_accel/dispatch.h"
+#include "spans.h"
 
 namespace accel::cpu::ACCEL_ISA {
 namespace {
 
-constexpr int kCacheLineBytes = 64;
-
-// Full blocks are encoded this many at a time, far apart in memory: the hardware's prefetcher follows each stream, and the
-// divisions of one block hide behind the others.
-constexpr int kStreams = 4;
-
-// Messages from this size on bypass the caches when they are written: they would push out more than they are worth.
+// Messages from this size on are written past the caches: they would push out more than they are worth.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
 template <class Codec>
@@ -50,128 +41,166 @@ ACCEL_INLINE void for_each_block(const Plan& plan, Body body) {
   }
 }
 
-template <class Codec, class Tensor>
-ACCEL_INLINE typename Codec::Statistic statistic_of(const Tensor* __restrict__ values, int numel) {
+// Calls body(start, length) for each chunk; length is kChunk, known to the compiler, for all chunks but the last.
+template <class Body>
+ACCEL_INLINE void for_each_chunk(int numel, Body body) {
+  const int whole = numel / kChunk * kChunk;
+  for (int start = 0; start < whole; start += kChunk) {
+    body(start, kChunk);
+  }
+  if (numel > whole) {
+    body(whole, numel - whole);
+  }
+}
+
+template <class Codec>
+ACCEL_INLINE typename Codec::Statistic statistic_of(const typename Codec::Value* __restrict__ values, int numel) {
   typename Codec::Statistic statistic;
 #pragma GCC unroll 8
   for (int i = 0; i < numel; ++i) {
-    statistic.include(load_value<typename Codec::Value>(values[i]));
+    statistic.include(values[i]);
   }
   return statistic;
 }
 
-// One cache line of codes, past the caches.
-ACCEL_INLINE void stream_line(const void* __restrict__ line, void* __restrict__ target) {
-#if defined(__SSE2__)
-  for (int i = 0; i < kCacheLineBytes / 16; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(static_cast<const __m128i*>(line) + i));
-  }
-#else
-  memcpy(target, line, kCacheLineBytes);
-#endif
-}
-
-// While this block is coded from the first cache, the same stream's next block is asked for.
-template <class Codec, bool kStreaming, class Tensor>
+// Writes a block's header and codes, and calls beside(start, length) for each chunk: what is to be done in the meantime.
+template <class Codec, class Tensor, class Beside>
 ACCEL_INLINE void write_block(const typename Codec::Grid& grid, const Tensor* __restrict__ values, int numel,
-                              BlockView<Codec> out) {
+                              BlockView<Codec> out, bool is_streamed, Beside beside) {
   using Code = typename Codec::Code;
-  using Value = typename Codec::Value;
   if constexpr (Codec::kHeaderBytes > 0) {
     *const_cast<typename Codec::Header*>(out.header) = grid.header;
   }
-  Code* __restrict__ codes = const_cast<Code*>(out.codes);
-  if (grid.is_blank) {
-    for (int i = 0; i < numel; ++i) {
-      codes[i] = {};
+  Code* codes = const_cast<Code*>(out.codes);
+  for_each_chunk(numel, [&](int start, int length) {
+    beside(start, length);
+    if (grid.is_blank) {
+      memset(codes + start, 0, length * sizeof(Code));
+    } else if (is_streamed && length == kChunk) {
+      alignas(kCacheLineBytes) Code lines[kChunk];
+      encode_span<Codec>(grid, values + start, kChunk, lines);
+      stream(lines, sizeof lines, codes + start);
+    } else {
+      encode_span<Codec>(grid, values + start, length, codes + start);
     }
-    return;
-  }
-  constexpr int kLine = kCacheLineBytes / static_cast<int>(sizeof(Code));
-  const int whole = numel / kLine * kLine;
-  for (int start = 0; start < whole; start += kLine) {
-    for (int ahead = 0; ahead < kLine * static_cast<int>(sizeof(Tensor)); ahead += kCacheLineBytes) {
-      __builtin_prefetch(reinterpret_cast<const char*>(values + kBlockNumel + start) + ahead);
+  });
+}
+
+// The order in which a segment's full blocks are encoded: in turn from kStreams runs far apart, because the hardware's prefetcher
+// follows several streams at once and fetches more from them than from one. Runs of an odd number of blocks do not meet in the
+// same sets of the first cache. What is left over comes last.
+class StreamOrder {
+ public:
+  explicit StreamOrder(int64_t blocks) : blocks_(blocks), run_(blocks / kStreams) { run_ -= run_ > 0 && run_ % 2 == 0; }
+  int64_t operator[](int64_t k) const { return k < run_ * kStreams ? k % kStreams * run_ + k / kStreams : k; }
+  int64_t next(int64_t k) const { return (*this)[k + 1 < blocks_ ? k + 1 : k]; }
+
+ private:
+  static constexpr int kStreams = 3;
+  int64_t blocks_;
+  int64_t run_;
+};
+
+// While a block is coded from the first cache, the statistic of the one after it is taken as it comes from memory, chunk by
+// chunk: so neither the memory nor the arithmetic waits for the other, and a block is read from memory once.
+template <class Codec, class Tensor>
+__attribute__((noinline)) void encode_full_blocks(const Segment& segment, const Tensor* source, uint8_t* wire, bool is_streamed) {
+  using Value = typename Codec::Value;
+  constexpr bool kHasStatistic = Codec::kHeaderBytes > 0;
+  // Tensors of another type are converted once, for the statistic, and coded from here.
+  constexpr bool kIsStaged = kHasStatistic && !std::is_same_v<Tensor, Value>;
+  Value stages[2][kIsStaged ? kBlockNumel : 1];
+  // How far ahead of its statistic a block is asked for: enough to keep the memory busy, little enough to find it still cached.
+  constexpr int kPrefetchBytes = 1024;
+
+  const int64_t blocks = segment.numel / kBlockNumel;
+  const StreamOrder order(blocks);
+  typename Codec::Statistic statistic;
+  const auto include = [&](const Tensor* values, int length, Value* stage) {
+    if constexpr (kHasStatistic) {
+      statistic.merge(statistic_of<Codec>(load_span(values, length, stage), length));
     }
-    alignas(kCacheLineBytes) Code line[kLine];
-    Code* __restrict__ target = kStreaming ? line : codes + start;
-    for (int i = 0; i < kLine; ++i) {
-      target[i] = grid.encode(load_value<Value>(values[start + i]));
+  };
+  for_each_chunk(kBlockNumel, [&](int start, int length) { include(source + start, length, stages[0] + start * kIsStaged); });
+  for (int64_t k = 0; k < blocks; ++k) {
+    const typename Codec::Grid grid(statistic);
+    const Tensor* next = source + order.next(k) * kBlockNumel;
+    Value* next_stage = stages[(k + 1) % 2];
+    statistic = {};
+    const auto beside = [&](int start, int length) {
+      for (int line = 0; line < length * static_cast<int>(sizeof(Tensor)); line += kCacheLineBytes) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next + start) + kPrefetchBytes + line);
+      }
+      include(next + start, length, next_stage + start * kIsStaged);
+    };
+    const BlockView<Codec> out = block_view<Codec>(segment, order[k], wire);
+    if constexpr (kIsStaged) {
+      write_block<Codec>(grid, static_cast<const Value*>(stages[k % 2]), kBlockNumel, out, is_streamed, beside);
+    } else {
+      write_block<Codec>(grid, source + order[k] * kBlockNumel, kBlockNumel, out, is_streamed, beside);
     }
-    if constexpr (kStreaming) {
-      stream_line(line, codes + start);
-    }
-  }
-  for (int i = whole; i < numel; ++i) {
-    codes[i] = grid.encode(load_value<Value>(values[i]));
   }
 }
 
-// Calls store(i, value) for each element.
-template <class Codec, class Store>
-ACCEL_INLINE void decode_block(BlockView<Codec> block, int numel, Store store) {
+template <class Codec>
+__attribute__((noinline)) void encode_values(const typename Codec::Value* values, int numel, BlockView<Codec> out) {
+  write_block<Codec>(typename Codec::Grid(statistic_of<Codec>(values, numel)), values, numel, out, false, [](int, int) {});
+}
+
+template <class Codec, class Tensor>
+void encode_as(const Plan& plan, const Tensor* tensor, uint8_t* wire) {
+  using Value = typename Codec::Value;
+  const bool is_streamed = kCanStream && plan.wire_bytes() >= kStreamingBytes;
+  for (const Segment& segment : plan.segments()) {
+    const Tensor* source = tensor + segment.tensor_offset;
+    const int64_t full = segment.numel / kBlockNumel;
+    if (full > 0) {
+      encode_full_blocks<Codec>(segment, source, wire, is_streamed);
+    }
+    if (const int ragged = static_cast<int>(segment.numel - full * kBlockNumel); ragged > 0) {
+      Value buffer[kBlockNumel];
+      encode_values<Codec>(load_span(source + full * kBlockNumel, ragged, buffer), ragged,
+                           block_view<Codec>(segment, full, wire));
+    }
+  }
+  if (is_streamed) {
+    finish_streams();
+  }
+}
+
+// Calls body(start, length, value) for each chunk, where value(i) is its element i.
+template <class Codec, class Body>
+ACCEL_INLINE void decode_block(BlockView<Codec> block, int numel, Body body) {
   typename Codec::Header header{};
+  bool is_poisoned = false;
   if constexpr (Codec::kHeaderBytes > 0) {
     header = *block.header;
-    if (Codec::is_poisoned(header)) {
-      for (int i = 0; i < numel; ++i) {
-        store(i, canonical_nan());
-      }
-      return;
+    is_poisoned = Codec::is_poisoned(header);
+  }
+  for_each_chunk(numel, [&](int start, int length) {
+    if (is_poisoned) {
+      body(start, length, [](int) { return typename Codec::Value{canonical_nan()}; });
+    } else {
+      decode_span<Codec>(header, block.codes + start, length, [&](auto value) { body(start, length, value); });
     }
-  }
-  const auto* __restrict__ codes = block.codes;
-  for (int i = 0; i < numel; ++i) {
-    store(i, Codec::decode(header, codes[i]));
-  }
-}
-
-template <class Codec, bool kStreaming, class Tensor>
-ACCEL_INLINE void encode_as(const Plan& plan, const Tensor* tensor, uint8_t* wire) {
-  for (const Segment& segment : plan.segments()) {
-    const Tensor* __restrict__ source = tensor + segment.tensor_offset;
-    const int64_t full = segment.numel / kBlockNumel;
-    const int64_t length = full / kStreams;
-    for (int64_t block = 0; block < length; ++block) {
-      typename Codec::Statistic statistics[kStreams];
-      for (int stream = 0; stream < kStreams; ++stream) {
-        statistics[stream] = statistic_of<Codec>(source + (stream * length + block) * kBlockNumel, kBlockNumel);
-      }
-      for (int stream = 0; stream < kStreams; ++stream) {
-        const int64_t at = stream * length + block;
-        write_block<Codec, kStreaming>(typename Codec::Grid(statistics[stream]), source + at * kBlockNumel, kBlockNumel,
-                                       block_view<Codec>(segment, at, wire));
-      }
-    }
-    for (int64_t at = kStreams * length; at < num_blocks(segment.numel); ++at) {
-      const int64_t rest = segment.numel - at * kBlockNumel;
-      const int numel = static_cast<int>(rest < kBlockNumel ? rest : kBlockNumel);
-      const Tensor* values = source + at * kBlockNumel;
-      write_block<Codec, false>(typename Codec::Grid(statistic_of<Codec>(values, numel)), values, numel,
-                                block_view<Codec>(segment, at, wire));
-    }
-  }
-#if defined(__SSE2__)
-  if constexpr (kStreaming) {
-    _mm_sfence();  // streamed lines become visible before whoever sends the message is told
-  }
-#endif
+  });
 }
 
 template <class Codec, class Tensor>
 void decode_as(const Plan& plan, const uint8_t* wire, Tensor* tensor) {
   for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    Tensor* __restrict__ target = tensor + segment.tensor_offset + block * kBlockNumel;
+    Tensor* target = tensor + segment.tensor_offset + block * kBlockNumel;
     decode_block<Codec>(block_view<Codec>(segment, block, wire), numel,
-                        [=](int i, auto value) { target[i] = store_value<Tensor>(value); });
+                        [&](int start, int length, auto value) { store_span(value, length, target + start); });
   });
 }
 
 template <class Codec>
 void decode_accumulate_as(const Plan& plan, const uint8_t* wire, typename Codec::Value* accumulator) {
   for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    auto* __restrict__ target = accumulator + segment.tensor_offset + block * kBlockNumel;
-    decode_block<Codec>(block_view<Codec>(segment, block, wire), numel, [=](int i, auto value) { target[i] += value; });
+    auto* target = accumulator + segment.tensor_offset + block * kBlockNumel;
+    decode_block<Codec>(block_view<Codec>(segment, block, wire), numel,
+                        [&](int start, int length, auto value) { add_span(value, length, target + start); });
   });
 }
 
@@ -180,29 +209,23 @@ void decode_sum_encode_as(const Plan& plan, const Messages& messages, float divi
   using Value = typename Codec::Value;
   for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
     Value sum[kBlockNumel];
-    Value* __restrict__ values = sum;
-    decode_block<Codec>(block_view<Codec>(segment, block, messages.wire), numel, [=](int i, auto value) { values[i] = value; });
+    const auto copy = [&](int start, int length, auto value) { copy_span(value, length, sum + start); };
+    const auto add = [&](int start, int length, auto value) { add_span(value, length, sum + start); };
+    decode_block<Codec>(block_view<Codec>(segment, block, messages.wire), numel, copy);
     for (int64_t k = 1; k < messages.count; ++k) {
-      decode_block<Codec>(block_view<Codec>(segment, block, messages.wire + k * messages.stride_bytes), numel,
-                          [=](int i, auto value) { values[i] += value; });
+      decode_block<Codec>(block_view<Codec>(segment, block, messages.wire + k * messages.stride_bytes), numel, add);
     }
     for (int i = 0; i < numel; ++i) {
-      values[i] /= static_cast<Value>(divisor);
+      sum[i] /= static_cast<Value>(divisor);
     }
-    write_block<Codec, false>(typename Codec::Grid(statistic_of<Codec>(sum, numel)), sum, numel,
-                              block_view<Codec>(segment, block, wire));
+    encode_values<Codec>(sum, numel, block_view<Codec>(segment, block, wire));
   });
 }
 
 void encode(const Plan& plan, const void* tensor, uint8_t* wire) {
   visit_codec(plan.codec(), plan.dtype(), [&](auto codec, auto element) {
-    using Codec = typename decltype(codec)::type;
-    const auto* source = static_cast<const typename decltype(element)::type*>(tensor);
-    if (plan.wire_bytes() < kStreamingBytes) {
-      encode_as<Codec, false>(plan, source, wire);
-    } else {
-      encode_as<Codec, true>(plan, source, wire);
-    }
+    using Tensor = typename decltype(element)::type;
+    encode_as<typename decltype(codec)::type>(plan, static_cast<const Tensor*>(tensor), wire);
   });
 }
 
@@ -221,9 +244,8 @@ void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator)
 }
 
 void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire) {
-  visit_codec(plan.codec(), plan.dtype(), [&](auto codec, auto) {
-    decode_sum_encode_as<typename decltype(codec)::type>(plan, messages, divisor, wire);
-  });
+  visit_codec(plan.codec(), plan.dtype(),
+              [&](auto codec, auto) { decode_sum_encode_as<typename decltype(codec)::type>(plan, messages, divisor, wire); });
 }
 
 }  // namespace

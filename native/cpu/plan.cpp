@@ -3,6 +3,11 @@
 #include "lightning_accel/check.h"
 
 namespace accel {
+namespace {
+
+constexpr int64_t kLargest = int64_t{1} << 48;  // elements or bytes; sums and products of such sizes fit in 64 bits
+
+}  // namespace
 
 Plan::Plan(CodecId codec, DType dtype, const std::vector<int64_t>& tensor_offsets, const std::vector<int64_t>& numels,
            const std::vector<int64_t>& wire_offsets)
@@ -10,15 +15,20 @@ Plan::Plan(CodecId codec, DType dtype, const std::vector<int64_t>& tensor_offset
   ACCEL_CHECK(tensor_offsets.size() == numels.size() && wire_offsets.size() == numels.size(),
               "a plan needs as many offsets as sizes: got " << tensor_offsets.size() << " tensor offsets, " << numels.size()
                                                             << " sizes and " << wire_offsets.size() << " wire offsets");
+  visit_codec(codec, dtype, [](auto, auto) { return 0; });  // unknown codes are refused without segments as well
   segments_.reserve(numels.size());
   for (size_t i = 0; i < numels.size(); ++i) {
     const int64_t numel = numels[i];
     const int64_t wire_offset = wire_offsets[i] < 0 ? wire_bytes_ : wire_offsets[i];
     ACCEL_CHECK(numel >= 0 && tensor_offsets[i] >= 0,
                 "segment " << i << " must not be negative: got offset " << tensor_offsets[i] << ", size " << numel);
+    ACCEL_CHECK(numel <= kLargest && tensor_offsets[i] <= kLargest && wire_offset <= kLargest,
+                "segment " << i << " must have sizes and offsets of at most " << kLargest << ": got tensor offset "
+                           << tensor_offsets[i] << ", size " << numel << ", wire offset " << wire_offset);
     ACCEL_CHECK(wire_offset % kWireAlignment == 0 && wire_offset >= wire_bytes_,
                 "segment " << i << " must start on the wire at a multiple of " << kWireAlignment
-                           << " bytes and behind the segment before it, which ends at " << wire_bytes_ << ": got " << wire_offset);
+                           << " bytes and behind the segment before it, which ends at " << wire_bytes_ << ": got "
+                           << wire_offset);
     segments_.push_back({tensor_offsets[i], numel, wire_offset, num_blocks_});
     num_blocks_ += accel::num_blocks(numel);
     const int64_t tensor_end = tensor_offsets[i] + numel;

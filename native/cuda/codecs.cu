@@ -2,7 +2,7 @@
 //
 // In every kernel here one warp owns one block of 512 elements at a time and keeps it in registers, 16 elements a lane, from the
 // first read to the last write; no shared memory, no atomics. Memory traffic is what an operation costs, so lanes move up to
-// 16 bytes at once and a warp has about 2 KiB under way before it uses the first of it.
+// 16 bytes at once and a warp has 1 to 4 KiB under way before it uses the first of it.
 //
 // Width: with width w a lane's 16 elements are 16 / w runs of w neighbours, run r of lane l starting at element (32 r + l) w of
 // the block. So w elements are one access, and the accesses of a warp lie side by side. A block that is full and aligned to
@@ -27,7 +27,7 @@ constexpr int kThreads = 128;  // a thread block: four warps that know nothing o
 constexpr int kWarps = kThreads / kWarpLanes;
 // Thread blocks a multiprocessor, at most: several times what fits, so that the last round leaves few multiprocessors idle.
 constexpr int kThreadBlocksPerMultiprocessor = 64;
-constexpr int kVectorBytes = 16;         // what a lane moves at once
+constexpr int kVectorBytes = 16;        // what a lane moves at once
 constexpr int kLaneBytesInFlight = 64;  // what a lane of the summing kernel asks for before it adds
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarpLanes; }
@@ -104,7 +104,7 @@ struct Vector<4> {
 };
 template <>
 struct Vector<8> {
-  using type = uint2;
+  using type = uint64_t;
 };
 template <>
 struct Vector<16> {
@@ -119,6 +119,17 @@ __device__ __forceinline__ void with_width(const T* items, int numel, Body body)
   } else {
     body(Width<1>{});
   }
+}
+
+// Assigns `word`. 16 bytes go as one integer: the compiler may split the store of a struct.
+template <class Word>
+__device__ __forceinline__ void store_word(Word* target, Word word) {
+  *target = word;
+}
+__device__ __forceinline__ void store_word(uint4* target, uint4 word) {
+  const uint64_t low = uint64_t{word.y} << 32 | word.x;
+  const uint64_t high = uint64_t{word.w} << 32 | word.z;
+  *reinterpret_cast<unsigned __int128*>(target) = static_cast<unsigned __int128>(high) << 64 | low;
 }
 
 // The place in the block of this lane's i-th element, and whether the block reaches so far.
@@ -156,7 +167,7 @@ __device__ __forceinline__ void store(T* target, int numel, const T (&items)[kLa
     for (int i = 0; i < kLaneNumel; i += kWidth) {
       Word word;
       memcpy(&word, &items[i], sizeof(Word));
-      __stwb(reinterpret_cast<Word*>(target + element<kWidth>(i)), word);  // an assignment is split where items were computed apart
+      store_word(reinterpret_cast<Word*>(target + element<kWidth>(i)), word);
     }
   } else {
 #pragma unroll
@@ -237,23 +248,38 @@ __device__ __forceinline__ void load_coded(const uint8_t* wire, const WireOffset
   load<kWidth>(reinterpret_cast<const typename Codec::Code*>(wire + at.codes), numel, coded.codes);
 }
 
-// Calls use(i, value) for each of the lane's elements.
+// Calls use(i, value) for each of the lane's elements. Poisoned blocks need no branch, which would put the codes' loads behind
+// the header's: their scale is NaN, and so is every product with it.
 template <class Codec, class Use>
 __device__ __forceinline__ void decode_block(const Coded<Codec>& coded, Use use) {
-  if (Codec::is_poisoned(coded.header)) {
-#pragma unroll
-    for (int i = 0; i < kLaneNumel; ++i) {
-      use(i, canonical_nan());
-    }
-    return;
-  }
 #pragma unroll
   for (int i = 0; i < kLaneNumel; ++i) {
     use(i, Codec::decode(coded.header, coded.codes[i]));
   }
 }
 
-// x / divisor for all x, where the division is slow on a GPU: to divide by a power of two is to multiply by another, to the bit.
+// sums <- sums + value of messages[first] + value of messages[first + 1] + ... to the last, in this order. Asks for kTogether
+// messages before it adds the first of them, and for fewer at the end.
+template <class Codec, int kWidth, int kTogether>
+__device__ __forceinline__ void add_messages(const Messages& messages, int64_t first, const WireOffsets& at, int numel,
+                                             typename Codec::Value (&sums)[kLaneNumel]) {
+  for (; first + kTogether <= messages.count; first += kTogether) {
+    Coded<Codec> coded[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      load_coded<Codec, kWidth>(messages.wire + (first + k) * messages.stride_bytes, at, numel, coded[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      decode_block(coded[k], [&](int i, auto value) { sums[i] += value; });
+    }
+  }
+  if constexpr (kTogether > 1) {
+    add_messages<Codec, kWidth, kTogether / 2>(messages, first, at, numel, sums);
+  }
+}
+
+// x / divisor. IEEE division is slow on a GPU, most of all of zeros; by a power of two it is a multiplication, to the bit.
 template <class Value>
 struct Division {
   Value divisor;
@@ -350,9 +376,9 @@ __global__ void __launch_bounds__(kThreads)
 // of all messages: it asks for several messages' codes at once, adds them in order, divides and encodes, all in registers. Codes
 // are aligned on both sides, so only a segment's ragged last block takes width 1.
 template <class Codec>
-__global__ void __launch_bounds__(kThreads) decode_sum_encode_kernel(Blocks blocks, Messages messages,
-                                                                     Division<typename Codec::Value> division,
-                                                                     uint8_t* __restrict__ wire) {
+__global__ void __launch_bounds__(kThreads)
+    decode_sum_encode_kernel(Blocks blocks, Messages messages, Division<typename Codec::Value> division,
+                             uint8_t* __restrict__ wire) {
   using Value = typename Codec::Value;
   using Code = typename Codec::Code;
   constexpr int kCodeBytes = sizeof(Code);
@@ -360,28 +386,13 @@ __global__ void __launch_bounds__(kThreads) decode_sum_encode_kernel(Blocks bloc
     const WireOffsets at = wire_offsets<Codec>(segment, block);
     with_width<kVectorBytes / kCodeBytes>(reinterpret_cast<const Code*>(wire + at.codes), numel, [=](auto width) {
       constexpr int kWidth = decltype(width)::value;
-      constexpr int kWanted = kWidth > 1 ? kLaneBytesInFlight / (kLaneNumel * kCodeBytes) : 1;
-      constexpr int kTogether = kWanted > 1 ? kWanted : 1;  // messages under way at once
+      constexpr int kTogether = kWidth > 1 ? kLaneBytesInFlight / (kLaneNumel * kCodeBytes) : 1;
       Value sums[kLaneNumel];
 #pragma unroll
       for (Value& sum : sums) {
         sum = -Value{0};  // -0 + x is x for every x, -0 and 0 among them: the sum starts from the first message's value
       }
-      for (int64_t first = 0; first < messages.count; first += kTogether) {
-        Coded<Codec> coded[kTogether];
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          if (first + k < messages.count) {
-            load_coded<Codec, kWidth>(messages.wire + (first + k) * messages.stride_bytes, at, numel, coded[k]);
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          if (first + k < messages.count) {
-            decode_block(coded[k], [&](int i, auto value) { sums[i] += value; });
-          }
-        }
-      }
+      add_messages<Codec, kWidth, (kTogether > 1 ? kTogether : 1)>(messages, 0, at, numel, sums);
       division.apply(sums);
       encode_block<Codec, kWidth>(sums, numel, wire, at);
     });
@@ -405,7 +416,7 @@ void launch(void (*kernel)(Blocks, Parameters...), const Plan& plan, const Segme
   const int64_t most = int64_t{multiprocessors} * kThreadBlocksPerMultiprocessor;
   const Blocks blocks{segments, static_cast<int64_t>(plan.segments().size()), plan.num_blocks()};
   kernel<<<static_cast<unsigned>(wanted < most ? wanted : most), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(blocks,
-                                                                                                                 arguments...);
+                                                                                                                   arguments...);
   ACCEL_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -414,7 +425,8 @@ void launch(void (*kernel)(Blocks, Parameters...), const Plan& plan, const Segme
 void encode(const Plan& plan, const Segment* segments, const void* tensor, uint8_t* wire, void* stream) {
   visit_codec(plan.codec(), plan.dtype(), [&](auto codec, auto element) {
     using Tensor = typename decltype(element)::type;
-    launch(encode_kernel<typename decltype(codec)::type, Tensor>, plan, segments, stream, static_cast<const Tensor*>(tensor), wire);
+    launch(encode_kernel<typename decltype(codec)::type, Tensor>, plan, segments, stream, static_cast<const Tensor*>(tensor),
+           wire);
   });
 }
 

@@ -51,37 +51,39 @@ class Group:
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> None:
         """Part k of `sent` goes to rank k; part k of `received` comes from rank k. Equal parts, uint8."""
         self.sent_bytes += sent.numel() // self.world_size * (self.world_size - 1)
-        if self.process_group is None:
+        process_group = self.process_group  # read once: a failure takes it away at any moment, and to torch None is the world
+        if process_group is None:
             self._copy_alone(received, sent)
-        elif self._is_staged(sent):
+        elif _is_staged(process_group, sent):
             host_sent, host_received = scratch.pinned("sent", sent.numel()), scratch.pinned("received", received.numel())
             host_sent.copy_(sent)
-            dist.all_to_all_single(host_received, host_sent, group=self.process_group)
+            dist.all_to_all_single(host_received, host_sent, group=process_group)
             received.copy_(host_received)
         else:
-            dist.all_to_all_single(received, sent, group=self.process_group)
+            dist.all_to_all_single(received, sent, group=process_group)
 
     def all_gather(self, gathered: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> None:
         """`gathered` becomes every rank's `sent`, in rank order, uint8."""
         self.sent_bytes += sent.numel() * (self.world_size - 1)
-        if self.process_group is None:
+        process_group = self.process_group
+        if process_group is None:
             self._copy_alone(gathered, sent)
-        elif self._is_staged(sent):
+        elif _is_staged(process_group, sent):
             host_sent, host_gathered = scratch.pinned("sent", sent.numel()), scratch.pinned("received", gathered.numel())
             host_sent.copy_(sent)
-            _all_gather_single(host_gathered, host_sent, group=self.process_group)
+            _all_gather_single(host_gathered, host_sent, group=process_group)
             gathered.copy_(host_gathered)
         else:
-            _all_gather_single(gathered, sent, group=self.process_group)
+            _all_gather_single(gathered, sent, group=process_group)
 
     def _copy_alone(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         if self.world_size > 1:
             raise RuntimeError("the group was closed")
         received.copy_(sent)
 
-    def _is_staged(self, tensor: torch.Tensor) -> bool:
-        assert self.process_group is not None
-        return tensor.is_cuda and backend_of(self.process_group, tensor.device) == "gloo"
+
+def _is_staged(process_group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and backend_of(process_group, tensor.device) == "gloo"
 
 
 class Scratch:

@@ -181,6 +181,7 @@ class Communicator:
         self._changed = threading.Condition()
         self._pending: list[_Task] = []
         self._failure: CommunicationError | None = None
+        self._abandoning: threading.Thread | None = None
 
     def open_lane(self, *, with_nodes: bool = False) -> Lane:
         """Makes a lane, with the groups `node` and `peers` too if asked for. Collective."""
@@ -287,8 +288,10 @@ class Communicator:
         ended = [lane.close() for lane in self._lanes]
         if not all(ended):
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self._name, _GRACE_SECONDS)
-        elif self._failure is None:
+        elif self._abandoning is None:
             self._destroy_groups()
+        if self._abandoning is not None:
+            self._abandoning.join(_GRACE_SECONDS)
 
     def _new_group(self, parts: Sequence[tuple[int, ...]]) -> Group:
         """Makes the group of each part of the ranks, and returns the one with this rank. Collective."""
@@ -369,7 +372,10 @@ class Communicator:
                 self._failure.__cause__ = error
                 # Closing connections makes peers that wait for this rank fail now. On a thread of its own: it waits for the
                 # backend's threads, and this may be one of them.
-                threading.Thread(target=self._destroy_groups, name="lightning_accel abandon", daemon=True).start()
+                self._abandoning = threading.Thread(
+                    target=self._destroy_groups, name="lightning_accel abandon", daemon=True
+                )
+                self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
         for task in pending:

@@ -78,6 +78,10 @@ class Layout:
         return deal(self.numels[parameter], self._first_block[parameter] % self.num_owners, self.num_owners)
 
     def inner_runs(self, parameter: int, run: Run) -> list[Run]:
-        """A run cut again for the inner ranks; `start` counts from the run's first element."""
-        first = (self._first_block[parameter] + run.start // BLOCK_NUMEL) % self.num_inner
-        return deal(run.numel, first, self.num_inner)
+        """A run cut again for the inner ranks; `start` counts from the run's first element.
+
+        Left-over blocks go on where the owner's run before stopped, so that each owner's part is dealt evenly too.
+        """
+        each, left_over = divmod(self._first_block[parameter], self.num_owners)
+        owned_before = each + (run.owner < left_over)
+        return deal(run.numel, owned_before % self.num_inner, self.num_inner)

@@ -63,6 +63,7 @@ class Replica:
         forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
         self._handles += [optimizer.register_step_pre_hook(self._before_optimizer_step) for optimizer in optimizers]
+        self._knows_optimizers = len(self._handles) > 1
 
     @property
     def statistics(self) -> Statistics:
@@ -124,8 +125,10 @@ class Replica:
             )
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
-        if self._in_round and self._has_reduced:
-            self.before_step()  # no optimizer stepped: a gradient scaler skipped it
+        if self._knows_optimizers and self._in_round and self._has_reduced:
+            # No optimizer stepped: a gradient scaler skipped it. The strategy knows better when a round ends: under it, and
+            # manual optimisation, this may be one more micro-batch.
+            self.before_step()
         if not self._in_round:
             self._in_round = True
             self.algorithm.before_forward()

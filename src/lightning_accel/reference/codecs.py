@@ -6,8 +6,6 @@ tensor is cut into blocks of 512 from its first element; its last block may be s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -38,36 +36,35 @@ def quantise(values: Tensor, codec: str) -> Tensor:
         return canonical(values.to(torch.float16).to(torch.float32))
     if codec == "bf16":
         return canonical(values.to(torch.bfloat16).to(torch.float32))
-    if values.numel() == 0:
-        return values.clone()
-    quantise_block = {"int8": _int8, "minmax_uint8": _minmax_uint8}[codec]
-    return torch.cat([_quantise_or_poison(block, quantise_block) for block in values.split(BLOCK_NUMEL)])
+    whole = values.numel() // BLOCK_NUMEL * BLOCK_NUMEL
+    full_blocks, short_block = values[:whole].view(-1, BLOCK_NUMEL), values[whole:].view(1, -1)
+    parts = [_quantise_blocks(blocks, codec).flatten() for blocks in (full_blocks, short_block) if blocks.numel()]
+    return torch.cat(parts) if parts else values
 
 
-def _quantise_or_poison(block: Tensor, quantise_block: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The rules that all codecs with a scale share: one NaN or Inf poisons its block, and dust is zero."""
-    absmax = block.abs().max()
-    if not absmax.isfinite():
-        return torch.full_like(block, float("nan"))
-    if absmax < SMALLEST_ABSMAX:
-        return torch.zeros_like(block)
-    return quantise_block(block, absmax)
+def _quantise_blocks(blocks: Tensor, codec: str) -> Tensor:
+    """Q by rows, with the rules that both codecs share: one NaN or Inf poisons its block, and dust is zero."""
+    absmax = blocks.abs().amax(1, keepdim=True)  # NaN where there is one
+    results = _int8(blocks, absmax) if codec == "int8" else _minmax_uint8(blocks, absmax)
+    results = torch.where(absmax < SMALLEST_ABSMAX, torch.zeros(()), results)
+    return torch.where(absmax.isfinite(), results, NAN)
 
 
-def _int8(block: Tensor, absmax: Tensor) -> Tensor:
+def _int8(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Code = round(x * (127 / absmax)), x' = code * (absmax / 127); round is half to even."""
-    codes = torch.round(block * (torch.tensor(127.0) / absmax)).to(torch.int8)
-    return codes.to(torch.float32) * (absmax / 127.0)
+    codes = torch.round(blocks * (torch.tensor(127.0) / absmax)) + 0.0  # an integer has no negative zero
+    return codes * (absmax / 127.0)
 
 
-def _minmax_uint8(block: Tensor, absmax: Tensor) -> Tensor:
+def _minmax_uint8(blocks: Tensor, absmax: Tensor) -> Tensor:
     """S = 255 / range, code = clamp(round(x * s), upper - 255, upper) for upper = round(max * s), x' = code * (range / 255).
 
     range = max(max - min, absmax * 2^-14), written with halves: max - min may exceed the largest float32.
     """
-    half_range = torch.maximum(block.max() * 0.5 - block.min() * 0.5, absmax * 2.0**-15)
+    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
+    half_range = torch.maximum(high * 0.5 - low * 0.5, absmax * 2.0**-15)
     levels_per_unit = torch.tensor(127.5) / half_range
-    upper = torch.round(block.max() * levels_per_unit)
+    upper = torch.round(high * levels_per_unit)
     lower = upper - 255.0
-    codes = torch.minimum(torch.maximum(torch.round(block * levels_per_unit), lower), upper) - lower  # 0..255, on the wire
+    codes = torch.minimum(torch.maximum(torch.round(blocks * levels_per_unit), lower), upper) - lower  # 0..255, on the wire
     return (codes + lower) * (half_range / 127.5)

@@ -103,6 +103,7 @@ class AccelMixin(_Base):
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replica: Replica | None = None
         self._restored: dict[str, Any] | None = None
+        self._final_state: dict[str, Any] | None = None
         self._statistics = Statistics()
 
     @property
@@ -176,12 +177,14 @@ class AccelMixin(_Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds the algorithm's state; other strategies ignore it."""
-        if self._replica is not None:
+        # After fit too: that is when users save.
+        state = self._replica.state_dict() if self._replica is not None else self._final_state
+        if state is not None:
             checkpoint[_CHECKPOINT_KEY] = {
                 "version": 1,
                 "algorithm": self._algorithm.name,
                 "world_size": self.world_size,
-                "replica": self._replica.state_dict(),
+                "replica": state,
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -191,6 +194,11 @@ class AccelMixin(_Base):
         self._restored = checkpoint.get(_CHECKPOINT_KEY)
         self._apply_restored()
         return checkpoint
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for all ranks; not while this one handles an exception, which the others may not have."""
+        if not self._is_interrupted:
+            super().barrier(*args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
         """Puts our names in the advice that DDPStrategy adds to torch's errors."""
@@ -205,6 +213,7 @@ class AccelMixin(_Base):
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
         self._close_replica()
+        self._restored = None  # by a validation, perhaps: the next fit may be another one
         super().teardown()
 
     @classmethod
@@ -212,11 +221,15 @@ class AccelMixin(_Base):
         """Registers `accel` and its variants in a root's registry."""
         lightning_accel_autoload.register(strategy_registry, cls.__module__)
 
-    def _reach_consensus(self) -> None:
-        # After an exception callbacks save on the failing rank alone: no collective there.
+    @property
+    def _is_interrupted(self) -> bool:
+        """Whether this rank handles an exception; callbacks save then, on the failing rank alone: no collective."""
         module = self.lightning_module
         trainer = module._trainer if module is not None else None
-        if self._replica is not None and not (trainer is not None and trainer.state.status == "interrupted"):
+        return trainer is not None and bool(trainer.state.status == "interrupted")
+
+    def _reach_consensus(self) -> None:
+        if self._replica is not None and not self._is_interrupted:
             self._replica.consensus()
 
     def _apply_restored(self) -> None:
@@ -236,6 +249,7 @@ class AccelMixin(_Base):
         replica, self._replica = self._replica, None
         if replica is not None:
             self._statistics = replica.statistics
+            self._final_state = None if self._is_interrupted else replica.state_dict()
             replica.close()
 
 
@@ -245,7 +259,7 @@ def _check_ddp_arguments(arguments: dict[str, Any], options: list[str]) -> None:
         if arguments.pop(name, None) is not None:
             raise ValueError(f"AccelStrategy does not take {name}: {reason}")
     own = inspect.signature(DistributedDataParallel.__init__).parameters
-    valid = [name for name in own if name not in ("self", "module", "device_ids", "output_device", "dim")]
+    valid = [name for name in own if name not in ("self", "module", "device_ids")]
     for name in arguments:
         if name not in valid:
             close = difflib.get_close_matches(name, [*options, *valid], n=1)

@@ -1,0 +1,97 @@
+# The commands everybody uses; `make help` lists them. They need Python 3.10 or newer, a C++17 compiler and make: the rest
+# comes from the package index into .venv, made by the first command that needs it and brought up to date by the next ones.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+NVCC := $(firstword $(CUDACXX) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+
+# Compiling for every GPU takes minutes, and without a GPU nothing would run what it makes (`make cuda` proves that it
+# compiles). So the environment has CUDA kernels only where a GPU is, and for that GPU alone.
+ACCEL_CUDA ?= $(if $(and $(GPU),$(NVCC)),ON,OFF)
+EDITABLE_OPTIONS = --config-settings=cmake.define.ACCEL_CUDA=$(ACCEL_CUDA) \
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(if $(GPU),native,all-major)
+
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
+NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt \))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format native cuda bench docs cuda-check clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch is fixed by constraints.txt and never chosen by pip. Without build isolation CMake and ninja are the environment's,
+# at a path that stays, so a second build compiles only what changed.
+$(STAMP): $(BUILD_FILES) $(NATIVE_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	  $(EDITABLE_OPTIONS) --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## trains a small network on two processes of this machine
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)  ## the tests; `make test ARGS="tests/unit -k int8"` runs some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## style, formatting and types, Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(STAMP)  ## puts Python and C++ into the form that lint asks for
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+native: $(STAMP)  ## the kernels' own tests, plain and under AddressSanitizer and UBSan
+	$(call native-tests,build/native,OFF)
+	$(call native-tests,build/native-sanitized,ON)
+
+define native-tests
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DACCEL_CUDA=OFF -DACCEL_PYTHON=OFF -DACCEL_TESTS=ON -DACCEL_WERROR=ON \
+  -DACCEL_SANITIZE=$(2)
+$(BIN)/cmake --build $(1)
+$(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
+endef
+
+ifdef NVCC
+cuda: $(STAMP)  ## compiles the CUDA kernels for every architecture, where nvcc is; needs no GPU
+	$(call install-into,build/cuda,$(CURDIR)/$(BIN)/python,all-major,--config-settings=cmake.define.CMAKE_CUDA_FLAGS="-Werror all-warnings")
+	cd build/cuda/site/lightning_accel && $(CURDIR)/$(BIN)/python -S -c 'import _native as n; assert n.CUDA_ARCHITECTURES; \
+	  print("CUDA kernels for", n.CUDA_ARCHITECTURES, "compiled, and the module imports")'
+else
+cuda:
+	@echo "make cuda: skipped, there is no nvcc on PATH, in CUDACXX or in /usr/local/cuda"
+endif
+
+# $(1)/site: the package with CUDA kernels, made by the Python $(2) for the architectures $(3), with the options $(4).
+define install-into
+rm -rf $(1)/site
+PATH="$(abspath $(dir $(2))):$$PATH" CUDACXX="$(NVCC)" $(2) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(1)/site \
+  --config-settings=build-dir=$(1)/build --config-settings=cmake.define.ACCEL_CUDA=ON \
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(3) $(4) .
+endef
+
+bench: $(STAMP)  ## the benchmarks, on this machine
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs: $(STAMP)  ## docs/ as pages, in build/docs; a broken link stops it
+	printf 'site_name: lightning-accel\ndocs_dir: %s/docs\nsite_dir: %s/build/docs\ntheme: readthedocs\n' "$(CURDIR)" "$(CURDIR)" \
+	  | $(BIN)/mkdocs build --quiet --strict --config-file -
+
+# Without a package index, in the Python that is there: it must have torch, lightning, pytest, scikit-build-core, pybind11, CMake
+# and nvcc. What is installed lies in build/cuda-check alone.
+cuda-check:  ## on a machine with a GPU: builds for it, tests the kernels, measures them (no package index needed)
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make cuda-check needs a GPU that torch can use"'
+	$(call install-into,build/cuda-check,$(PYTHON),native)
+	PYTHONPATH=build/cuda-check/site $(PYTHON) -m pytest tests/cuda $(ARGS)
+	PYTHONPATH=build/cuda-check/site $(PYTHON) benchmarks/bench_codecs_cuda.py
+
+clean:  ## removes what was built and the environment
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

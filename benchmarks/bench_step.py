@@ -1,0 +1,64 @@
+"""A training step of each algorithm against Lightning's DDPStrategy: two processes on one machine, gloo over loopback.
+
+    python benchmarks/bench_step.py
+
+Loopback is as fast as memory: this shows what the software costs where the network costs little. Fits with each strategy take
+turns in one pair of processes; a step is timed from the end of a batch to the end of the next.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import asdict
+
+from _common import Bar, parser, save, show, show_bars
+from _fits import MODELS, SUMMARY_COLUMNS, Fit, Place, Settings, measure, ratios, summary, summary_cells
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    arguments.add_argument("--rounds", type=int, default=12, help="of fits; two pairs each (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=35, help="of a fit (default: %(default)s)")
+    args = arguments.parse_args()
+
+    results = {}
+    bars: list[Bar] = []
+    for name in args.models:
+        settings = Settings(name, args.rounds, args.steps)
+        fits = measure(settings, [Place()] * 2, "127.0.0.1", free_port(), num_nodes=1)
+        rows = summary(fits)
+        model = MODELS[name]
+        show(
+            f"{name} model: {model.numel / 1e6:.2f} M parameters, batch size {model.batch_size}; 2 processes, loopback",
+            SUMMARY_COLUMNS,
+            [summary_cells(row) for row in rows],
+        )
+        results[name] = {"summary": rows, "fits": [asdict(fit) for fit in fits]}
+        bars += bars_of(name, fits)
+    show_bars(bars)
+    save(args, results, bars)
+
+
+def bars_of(model: str, fits: list[Fit]) -> list[Bar]:
+    plain, fast = ratios(fits, "gradient_allreduce"), ratios(fits, "ddp", "bytegrad")
+    bars = [
+        Bar(
+            f"{model}: gradient_allreduce costs no more than 1.02 of ddp's step (lower bound)",
+            f"{plain}",
+            plain.low <= 1.02,
+        )
+    ]
+    if model == "large":
+        bars.append(Bar(f"{model}: ddp's step takes longer than bytegrad's", f"{fast}", fast.low > 1))
+    return bars
+
+
+if __name__ == "__main__":
+    main()

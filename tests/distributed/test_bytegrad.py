@@ -1,0 +1,264 @@
+"""ByteGrad through a real DDP, on gloo: every rank against the specification, to the bit."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.models import GivenGradients, all_kinds, assert_gradients, few_kinds
+from helpers.ranks import run_ranks
+from helpers.tensors import CODECS, normal
+from lightning_accel import ByteGrad, Replica
+from lightning_accel.reference.bytegrad import bytegrad
+
+TIMEOUT = timedelta(seconds=30)
+
+
+def attach(model: torch.nn.Module, algorithm: ByteGrad, node_name: str = "a", **options) -> tuple:
+    ddp = DistributedDataParallel(model, **options)
+    return ddp, Replica(ddp, algorithm, timeout=TIMEOUT, node_name=node_name)
+
+
+def backward(ddp: DistributedDataParallel, gradients: list) -> None:
+    ddp.zero_grad()
+    ddp(gradients).backward()
+
+
+def check(rank, world_size, codecs, average, options):
+    of_ranks = [[all_kinds(r, step) for r in range(world_size)] for step in range(2)]
+    for codec in codecs:
+        expected = [bytegrad(of_step, codec, average=average) for of_step in of_ranks]
+        for ddp_options in options:
+            ddp, replica = attach(GivenGradients(of_ranks[0][rank]), ByteGrad(codec, average=average), **ddp_options)
+            # DDP rebuilds its buckets after the first backward: the same gradients come before and after that.
+            for count, step in enumerate((0, 1, 0)):
+                backward(ddp, of_ranks[step][rank])
+                assert_gradients(ddp.module, expected[step], f"{codec}, {ddp_options}, backward {count}")
+            replica.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_holds_the_specified_mean(world_size):
+    """Catches results that depend on how DDP fills its buckets, lost tails, wrong owners, wrong order of sums."""
+    options = [{"bucket_cap_mb": 1}, {"bucket_cap_mb": 25}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}]
+    run_ranks(check, world_size, CODECS, True, options, timeout=110)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sum_instead_of_mean(world_size):
+    """Catches an `average` that is accepted and ignored, or undone by multiplying after the second quantisation."""
+    run_ranks(check, world_size, ("int8", "none"), False, [{"bucket_cap_mb": 1}])
+
+
+def check_graphs(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
+    expected = [bytegrad(of_ranks) for of_ranks in steps]
+
+    ddp, replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), static_graph=True, bucket_cap_mb=0.02)
+    for step in range(4):
+        backward(ddp, steps[step][rank])
+        assert_gradients(ddp.module, expected[step], f"static graph, step {step}")
+    replica.close()
+
+    # Parameter 1 is unused on rank 0 alone, parameter 2 on all, and each step differs.
+    ddp, replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), find_unused_parameters=True, bucket_cap_mb=0.02)
+    for step in range(4):
+        of_ranks = [list(gradients) for gradients in steps[step]]
+        used = [list(gradients) for gradients in steps[step]]
+        if step % 2:
+            of_ranks[0][1] = torch.zeros_like(of_ranks[0][1])
+            used[0][1] = None
+        for gradients in used:
+            gradients[2] = None
+        backward(ddp, used[rank])
+        wanted = bytegrad(of_ranks)
+        wanted[2] = None
+        assert_gradients(ddp.module, wanted, f"unused parameters, step {step}")
+    replica.close()
+
+    # Frozen parameters own blocks too: ownership must not shift the blocks of the others' messages.
+    ddp, replica = attach(GivenGradients(steps[0][rank], frozen=[0]), ByteGrad(), bucket_cap_mb=0.02)
+    for step in range(3):
+        backward(ddp, steps[step][rank])
+        assert_gradients(ddp.module, [None, *expected[step][1:]], f"frozen, step {step}")
+    replica.close()
+
+    # A tied parameter is one parameter, with the sum of both uses as its gradient.
+    shapes = [normal(n, torch.float32, seed=1) for n in (3000, 100, 3000)]
+    gradients = [[normal(t.numel(), torch.float32, seed=10 * r + k) for k, t in enumerate(shapes)] for r in range(world_size)]
+    wanted = bytegrad([[own[0] + own[2], own[1]] for own in gradients])
+    ddp, replica = attach(GivenGradients(shapes, tied=[(0, 2)]), ByteGrad(), bucket_cap_mb=0.002)
+    for step in range(3):
+        backward(ddp, gradients[rank])
+        assert_gradients(ddp.module, wanted, f"tied, step {step}")
+    replica.close()
+
+    # Blocks are cut as the elements lie in memory, which DDP keeps in its buckets.
+    image = [normal(40 * 7 * 3 * 3, torch.float32, seed=r).view(40, 3, 3, 7).permute(0, 3, 1, 2) for r in range(world_size)]
+    model = GivenGradients([image[0]])
+    assert model.p0.is_contiguous(memory_format=torch.channels_last)
+    wanted = bytegrad([[i.permute(0, 2, 3, 1).contiguous()] for i in image])[0].permute(0, 3, 1, 2)
+    ddp, replica = attach(model, ByteGrad())
+    for step in range(3):
+        backward(ddp, [image[rank]])
+        assert_gradients(ddp.module, [wanted], f"channels last, step {step}")
+    replica.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_graphs_of_all_kinds(world_size):
+    """Catches plans keyed by bucket index, and parameters counted that DDP leaves out: static, unused, frozen, tied."""
+    run_ranks(check_graphs, world_size)
+
+
+def check_nodes(rank, world_size, nodes, hierarchical, flat):
+    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
+    of_ranks = [all_kinds(r) for r in range(world_size)]
+    for codec in ("int8", "none", "fp16"):
+        expected = bytegrad(of_ranks, codec, nodes=None if flat else nodes)
+        algorithm = ByteGrad(codec, hierarchical=hierarchical)
+        ddp, replica = attach(GivenGradients(of_ranks[rank]), algorithm, name, bucket_cap_mb=1)
+        for step in range(3):
+            backward(ddp, of_ranks[rank])
+            assert_gradients(ddp.module, expected, f"{codec}, step {step}")
+        replica.close()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hierarchical", "flat"),
+    [
+        (((0, 1), (2, 3)), "auto", False),
+        (((0, 2), (1, 3)), True, False),
+        (((0, 1), (2, 3)), False, True),
+        (((0, 1),), True, False),
+        (((0, 1),), "auto", True),
+        (((0,), (1,)), True, False),
+        (((0, 1), (2,)), "auto", True),
+    ],
+)
+def test_nodes(nodes, hierarchical, flat):
+    """Catches ranks that sum with the wrong peers, quantisation inside a single node, and a form that differs by rank."""
+    run_ranks(check_nodes, sum(len(node) for node in nodes), nodes, hierarchical, flat)
+
+
+def refuse(rank, world_size):
+    ddp = DistributedDataParallel(torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="equally many ranks on every node: got 2, 1"):
+        Replica(ddp, ByteGrad(hierarchical=True), timeout=TIMEOUT, node_name="a" if rank < 2 else "b")
+    # Nothing was attached, and nobody waits: the remedy that the message names works.
+    replica = Replica(ddp, ByteGrad(), timeout=TIMEOUT, node_name="a" if rank < 2 else "b")
+    ddp(torch.ones(1, 3)).sum().backward()
+    replica.close()
+    return True
+
+
+def test_uneven_nodes_are_refused_on_all_ranks():
+    """Catches a refusal on one rank alone, with the others waiting in a collective."""
+    assert run_ranks(refuse, 3) == [True] * 3
+
+
+def poison(rank, world_size, codec, value):
+    results = []
+    clean = [normal(3000, torch.float32, seed=1), normal(100, torch.float32, seed=2)]
+    ddp, replica = attach(GivenGradients(clean), ByteGrad(codec))
+    for place in (0, 511, 512, 2999):
+        gradients = [tensor.clone() for tensor in clean]
+        if rank == world_size - 1:
+            gradients[0][place] = value
+        backward(ddp, gradients)
+        results.append((place, ddp.module.p0.grad.isfinite().tolist(), ddp.module.p1.grad.isfinite().all().item()))
+    backward(ddp, clean)
+    results.append((None, ddp.module.p0.grad.isfinite().tolist(), ddp.module.p1.grad.isfinite().all().item()))
+    replica.close()
+    return results
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_value_on_one_rank_is_seen_by_all(codec, value):
+    """Catches a NaN that a codec swallows: a gradient scaler on another rank would step on."""
+    ranks = run_ranks(poison, 2, codec, value)
+    for results in ranks:
+        for place, finite, other_is_finite in results:
+            bad = {k for k, is_finite in enumerate(finite) if not is_finite}
+            if place is None:
+                assert not bad, "poison that outlives its step"
+            elif codec in ("int8", "minmax_uint8"):
+                assert bad == set(range(place // 512 * 512, min(place // 512 * 512 + 512, 3000)))
+            else:
+                assert bad == {place}
+            assert other_is_finite, "poison that reaches another parameter"
+
+
+def hold_memory(rank, world_size, node_name, find_unused_parameters):
+    of_ranks = [[normal(5000, torch.float32, seed=r) for _ in range(40)] for r in range(world_size)]
+    options = {"bucket_cap_mb": 0.1, "find_unused_parameters": find_unused_parameters}
+    ddp, replica = attach(GivenGradients(of_ranks[rank]), ByteGrad(), node_name.format(rank // 2), **options)
+    held, allocations, empty = [], [], torch.empty
+
+    def counting_empty(*args, **options):
+        allocations.append(args)
+        return empty(*args, **options)
+
+    for step in range(6):
+        if step == 3:
+            torch.empty = counting_empty
+        backward(ddp, of_ranks[rank])
+        held.append(sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes))
+    torch.empty = empty
+    replica.close()
+    return held, allocations
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+@pytest.mark.parametrize(("world_size", "node_name"), [(2, "a"), (4, "node {}")])
+def test_memory_stays_after_the_second_step(world_size, node_name, find_unused_parameters):
+    """Catches an allocation in each step, and memory of DDP's first, all-embracing bucket that is kept."""
+    for held, allocations in run_ranks(hold_memory, world_size, node_name, find_unused_parameters):
+        assert held[0] > 0
+        assert len(set(held[1:])) == 1, held
+        assert allocations == []
+        if not find_unused_parameters:
+            assert held[1] < held[0] / 2
+
+
+def count_bytes(rank, world_size):
+    numel = 512 * 400
+    ddp, replica = attach(GivenGradients([torch.zeros(numel)]), ByteGrad())
+    for _ in range(3):
+        backward(ddp, [torch.ones(numel)])
+    statistics = replica.statistics
+    replica.close()
+    return statistics
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_bytes_are_counted(world_size):
+    """Catches a counter that counts what stays on this rank, and one that misses a phase.
+
+    2 (n-1) messages a step, each with 400/n blocks of 512 codes and a scale of 4 bytes; a ring of float32 sends 2 (n-1)/n * 4
+    bytes an element.
+    """
+    for statistics in run_ranks(count_bytes, world_size):
+        n = world_size
+        assert statistics.sent_bytes == 3 * 2 * (n - 1) * (400 // n) * (512 + 4)
+        assert statistics.full_precision_bytes == (3 * 2 * (n - 1) * 512 * 400 * 4 // n if n > 1 else 0)
+        assert statistics.communication_seconds >= 0
+        assert statistics.exposed_seconds >= 0
+
+
+def attach_again(rank, world_size, nodes):
+    for step in range(4):
+        of_ranks = [few_kinds(r, step) for r in range(world_size)]
+        name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
+        ddp, replica = attach(GivenGradients(of_ranks[rank]), ByteGrad(hierarchical=True), name)
+        backward(ddp, of_ranks[rank])
+        assert_gradients(ddp.module, bytegrad(of_ranks, nodes=nodes), f"replica {step}")
+        replica.close()
+
+
+@pytest.mark.parametrize("nodes", [((0, 1),), ((0, 1), (2, 3))])
+def test_one_replica_after_another(nodes):
+    """Catches groups that take the name, and find the addresses, of groups that were closed before."""
+    run_ranks(attach_again, sum(len(node) for node in nodes), nodes)

@@ -1,0 +1,348 @@
+"""What a failure does: every rank ends soon, with our own error, and nobody has stepped with a wrong gradient."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.models import GivenGradients, few_kinds
+from helpers.ranks import own_threads, run_ranks
+from helpers.tensors import assert_same_bits
+from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica, codecs, communicator
+from lightning_accel.reference.bytegrad import bytegrad
+from lightning_accel.reference.gradient_allreduce import gradient_allreduce
+
+TIMEOUT_SECONDS = 30.0
+"""Of a collective, where nothing should come near it."""
+
+MOMENTS_SECONDS = 8.0
+"""What "in moments, not at the timeout" means on a busy machine; alone it takes a tenth of a second."""
+
+FAULTY_STEP = 3
+STEPS = 6
+RATE = 0.5
+
+
+class Training:
+    """Steps with given gradients, the clock, and the weights that the specification says they lead to."""
+
+    def __init__(self, rank, world_size, algorithm, *, timeout_seconds=TIMEOUT_SECONDS, node_name="a"):
+        self.rank, self.world_size, self.algorithm = rank, world_size, algorithm
+        self.gradients = [[few_kinds(r, step) for r in range(world_size)] for step in range(STEPS)]
+        # From 0.02 megabytes on a bucket is closed: three of them.
+        self.ddp = DistributedDataParallel(GivenGradients(self.gradients[0][0]), bucket_cap_mb=0.02)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=RATE)
+        timeout = timedelta(seconds=timeout_seconds)
+        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=timeout, node_name=node_name)
+        self.steps = 0
+
+    def run(self, before_backward=lambda step: None):
+        """All steps; the error that ends them, and the seconds its step took."""
+        for step in range(STEPS):
+            started = time.perf_counter()
+            try:
+                self.optimizer.zero_grad()
+                loss = self.ddp(self.gradients[step][self.rank])
+                before_backward(step)
+                loss.backward()
+                self.optimizer.step()
+            except CommunicationError as error:
+                return error, time.perf_counter() - started
+            self.steps += 1
+        raise AssertionError("nothing failed")
+
+    def check_weights(self, reference):
+        """The weights are those of the steps that were taken, and of no other."""
+        expected = GivenGradients(self.gradients[0][0])
+        optimizer = torch.optim.SGD(expected.parameters(), lr=RATE)
+        for step in range(self.steps):
+            for parameter, gradient in zip(expected.parameters(), reference(self.gradients[step]), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        for (name, parameter), wanted in zip(self.ddp.module.named_parameters(), expected.parameters(), strict=True):
+            assert_same_bits(parameter, wanted.detach(), f"rank {self.rank} after {self.steps} steps, {name}")
+
+    def check_end(self):
+        """The error comes again at the next forward; closing is quick, complete, and may be repeated."""
+        with pytest.raises(CommunicationError):
+            self.ddp(self.gradients[0][self.rank])
+        started = time.perf_counter()
+        self.replica.close()
+        self.replica.close()
+        assert time.perf_counter() - started < MOMENTS_SECONDS
+        assert not own_threads()
+
+
+def reference_of(algorithm, nodes=None):
+    if isinstance(algorithm, ByteGrad):
+        return lambda gradients: bytegrad(gradients, algorithm.codec, nodes=nodes)
+    return lambda gradients: gradient_allreduce(gradients, nodes=nodes)
+
+
+def check_message(error, algorithm, rank, world_size):
+    pattern = rf"{algorithm.name}: bucket \d+ failed on rank {rank} of {world_size}: .*No rank steps with this gradient"
+    assert re.search(pattern, str(error), re.DOTALL), str(error)
+    assert error.__cause__ is not None
+
+
+def killed(rank, world_size, algorithm):
+    training = Training(rank, world_size, algorithm)
+
+    def kill(step):
+        if step == FAULTY_STEP and rank == world_size - 1:
+            training.ddp.module.p1.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+
+    error, seconds = training.run(kill)
+    assert seconds < MOMENTS_SECONDS, seconds
+    check_message(error, algorithm, rank, world_size)
+    assert training.steps == FAULTY_STEP
+    training.check_weights(reference_of(algorithm))
+    training.check_end()
+    return True
+
+
+# From three ranks on the backend's own all_reduce sums in an order of its own: no bits to compare.
+@pytest.mark.parametrize(("world_size", "algorithm"), [(2, ByteGrad()), (2, GradientAllReduce()), (3, ByteGrad())])
+def test_a_killed_rank_ends_the_others(algorithm, world_size):
+    """Catches a hang in backward, past every timeout, when a peer is gone; and a step with what had arrived."""
+    results = run_ranks(killed, world_size, algorithm, lost={world_size - 1})
+    assert results == [True] * (world_size - 1) + [None]
+
+
+def stopped(rank, world_size, algorithm, timeout_seconds):
+    training = Training(rank, world_size, algorithm, timeout_seconds=timeout_seconds)
+
+    def stop(step):
+        if step == FAULTY_STEP and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    error, seconds = training.run(stop)
+    assert timeout_seconds * 0.9 < seconds < timeout_seconds + communicator._GRACE_SECONDS + MOMENTS_SECONDS, seconds
+    check_message(error, algorithm, rank, world_size)
+    training.check_weights(reference_of(algorithm))
+    training.check_end()
+    return True
+
+
+@pytest.mark.parametrize("algorithm", [ByteGrad(), GradientAllReduce()], ids=lambda algorithm: algorithm.name)
+def test_a_rank_that_is_stuck_ends_the_others_at_their_timeout(algorithm):
+    """Catches a wait without a bound: the stuck rank's connections stay open."""
+    assert run_ranks(stopped, 2, algorithm, 2.0, lost={1}) == [True, None]
+
+
+def break_on_one_rank(rank, world_size, algorithm, operation, at_call, nodes):
+    node_name = next(f"node {m}" for m, node in enumerate(nodes or [range(world_size)]) if rank in node)
+    training = Training(rank, world_size, algorithm, node_name=node_name)
+    module = dist if operation == "all_reduce" else codecs
+    original, calls = getattr(module, operation), []
+
+    def broken(*args, **options):
+        calls.append(operation)
+        if len(calls) == at_call:
+            raise ValueError("injected")
+        return original(*args, **options)
+
+    def inject(step):
+        if step == FAULTY_STEP and rank == 1:
+            setattr(module, operation, broken)
+
+    error, seconds = training.run(inject)
+    setattr(module, operation, original)
+    assert seconds < MOMENTS_SECONDS, seconds
+    check_message(error, algorithm, rank, world_size)
+    if rank == 1:
+        assert training.steps == FAULTY_STEP
+        assert isinstance(error.__cause__, ValueError)
+    # After the last message others may have had all they need: they are one step ahead, with a right gradient.
+    assert training.steps in (FAULTY_STEP, FAULTY_STEP + 1)
+    training.check_weights(reference_of(algorithm, nodes))
+    training.check_end()
+    # Our groups were our own: the default one is as good as before.
+    total = torch.tensor([float(rank)])
+    dist.all_reduce(total)
+    assert total.item() == sum(range(world_size))
+    return True
+
+
+@pytest.mark.parametrize("operation", ["encode", "decode_sum_encode", "decode"])
+@pytest.mark.parametrize("at_call", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_one_bucket_that_fails_on_one_rank_ends_all_ranks(operation, at_call, world_size):
+    """Catches peers that pair later collectives up wrongly, and train on with a wrong gradient."""
+    results = run_ranks(break_on_one_rank, world_size, ByteGrad(), operation, at_call, None)
+    assert results == [True] * world_size
+
+
+@pytest.mark.parametrize("operation", ["encode", "decode_accumulate", "decode_sum_encode", "decode"])
+def test_one_bucket_that_fails_between_nodes_ends_all_ranks(operation):
+    """As above, with groups of nodes and peers: a rank that shares no group with the failed one must hear of it too."""
+    nodes = ((0, 1), (2, 3))
+    results = run_ranks(break_on_one_rank, 4, ByteGrad(hierarchical=True), operation, 2, nodes)
+    assert results == [True] * 4
+
+
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_an_all_reduce_that_fails_on_one_rank_ends_all_ranks(at_call):
+    """As above, where the backend's own all_reduce carries the bucket."""
+    assert run_ranks(break_on_one_rank, 2, GradientAllReduce(), "all_reduce", at_call, None) == [True] * 2
+
+
+def break_in_hook(rank, world_size):
+    training = Training(rank, world_size, ByteGrad())
+    original, calls = training.replica.algorithm.reduce_gradients, []
+
+    def broken(bucket, label):
+        calls.append(label)
+        if len(calls) == 2:
+            raise TypeError("injected")
+        return original(bucket, label)
+
+    def inject(step):
+        if step == FAULTY_STEP and rank == 0:
+            training.replica.algorithm.reduce_gradients = broken
+
+    error, seconds = training.run(inject)
+    assert seconds < MOMENTS_SECONDS, seconds
+    check_message(error, training.algorithm, rank, world_size)
+    assert training.steps == FAULTY_STEP
+    training.check_weights(reference_of(training.algorithm))
+    training.check_end()
+
+
+def test_an_algorithm_that_raises_on_one_rank_ends_all_ranks():
+    """Catches an exception inside of DDP's hook, which torch would turn into a cast error, or a hang of the peers."""
+    run_ranks(break_in_hook, 2)
+
+
+class UsersError(Exception):
+    pass
+
+
+def leave(rank, world_size):
+    training = Training(rank, world_size, ByteGrad())
+
+    def fail(step):
+        if step == FAULTY_STEP and rank == 1:
+            raise UsersError
+
+    started = time.perf_counter()
+    if rank == 1:
+        with pytest.raises(UsersError):
+            training.run(fail)
+        training.replica.close()
+        return
+    error, _ = training.run()
+    assert time.perf_counter() - started < MOMENTS_SECONDS
+    check_message(error, training.algorithm, rank, world_size)
+    training.check_weights(reference_of(training.algorithm))
+    training.check_end()
+
+
+def test_a_rank_that_leaves_with_its_own_error_ends_the_others():
+    """Catches a close that keeps connections open: peers would wait for their timeout."""
+    run_ranks(leave, 2)
+
+
+def hang(rank, world_size):
+    communicator._GRACE_SECONDS = 1.0
+    training = Training(rank, world_size, ByteGrad(), timeout_seconds=2.0)
+    encode, released = codecs.encode, threading.Event()
+
+    def stuck(*args):
+        released.wait()
+        return encode(*args)
+
+    def inject(step):
+        if step == FAULTY_STEP and rank == 1:
+            codecs.encode = stuck
+
+    error, seconds = training.run(inject)
+    assert seconds < 2 + 1 + MOMENTS_SECONDS, seconds
+    check_message(error, training.algorithm, rank, world_size)
+    assert isinstance(error.__cause__, TimeoutError) == (rank == 1)
+    training.check_weights(reference_of(training.algorithm))
+    started = time.perf_counter()
+    training.replica.close()
+    assert time.perf_counter() - started < 2 * 1 + MOMENTS_SECONDS
+    released.set()
+
+
+def test_a_procedure_that_never_ends_does_not_hold_its_own_rank():
+    """Catches a wait, and a close, that trust the backend to time out: nothing of the backend runs here."""
+    run_ranks(hang, 2)
+
+
+SCRIPT = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from lightning_accel import ByteGrad, GradientAllReduce, Replica
+
+rank, store, algorithm, what = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100))
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+made = ByteGrad() if algorithm == "bytegrad" else GradientAllReduce()
+replica = Replica(ddp, made, [optimizer], timeout=timedelta(seconds=60))
+for step in range(4):
+    if step == 3 and what == "interrupt":
+        print("ready", flush=True)
+        if rank == 1:
+            time.sleep(60)
+    ddp(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+print("done", flush=True)
+"""
+
+
+def start(rank, store, algorithm, what):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", SCRIPT, str(rank), str(store), algorithm, what]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("algorithm", ["bytegrad", "gradient_allreduce"])
+def test_ctrl_c_ends_a_process_that_waits(algorithm, tmp_path):
+    """Catches a wait inside of torch that Ctrl-C cannot reach, and an exit that joins a thread inside of a collective."""
+    ranks = [start(rank, tmp_path / "store", algorithm, "interrupt") for rank in range(2)]
+    try:
+        for rank in ranks:
+            assert rank.stdout.readline() == "ready\n", rank.communicate()[1]
+        time.sleep(0.5)  # into the backward, where rank 0 waits for rank 1
+        assert ranks[0].poll() is None
+        interrupted = time.perf_counter()
+        ranks[0].send_signal(signal.SIGINT)
+        _, errors = ranks[0].communicate(timeout=20)
+        seconds = time.perf_counter() - interrupted
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert "KeyboardInterrupt" in errors
+    assert ranks[0].returncode == -signal.SIGINT, errors
+    assert seconds < 2, seconds
+
+
+def test_a_script_that_closes_nothing_ends(tmp_path):
+    """Catches an interpreter that waits for our threads, or crashes under them, when a script just ends."""
+    ranks = [start(rank, tmp_path / "store", "bytegrad", "end") for rank in range(2)]
+    try:
+        results = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    for rank, (output, errors) in zip(ranks, results, strict=True):
+        assert output == "done\n", errors
+        assert rank.returncode == 0, errors

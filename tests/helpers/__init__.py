@@ -1,0 +1,1 @@
+"""What tests share: ranks as processes, replicas whose gradients are given, tensors that hold the awkward values."""

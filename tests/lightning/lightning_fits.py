@@ -1,0 +1,139 @@
+"""What the tests of this folder share: a small model, its data, and Trainers for ranks that exist already."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_accel  # noqa: F401 - makes the names known
+
+FEATURES, HIDDEN, CLASSES = 16, 33, 4
+NUMEL = FEATURES * HIDDEN + HIDDEN + HIDDEN * CLASSES + CLASSES
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+class Ranks(ClusterEnvironment):
+    """The processes that run_ranks has started, with the default process group they have."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._variables = dict(os.environ)
+
+    creates_processes_externally = True
+    main_address = "127.0.0.1"
+    main_port = 0
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world_size
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self._world_size
+
+    def global_rank(self) -> int:
+        return self._rank
+
+    def set_global_rank(self, rank: int) -> None:
+        rank_zero_only.rank = rank
+
+    def local_rank(self) -> int:
+        return self._rank
+
+    def node_rank(self) -> int:
+        return 0
+
+    def teardown(self) -> None:
+        os.environ.clear()  # Lightning's launcher sets OMP_NUM_THREADS
+        os.environ.update(self._variables)
+
+
+class Points(Dataset):
+    """`length` samples, each a function of its index alone."""
+
+    def __init__(self, length: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.inputs = torch.randn(length, FEATURES, generator=generator).to(dtype)
+        self.targets = torch.randn(length, CLASSES, generator=generator).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+def points(steps: int, world_size: int = 2, **kwargs: Any) -> DataLoader:
+    """Batches for `steps` steps of each rank."""
+    return DataLoader(Points(2 * steps * world_size, **kwargs), batch_size=2)
+
+
+class Net(pl.LightningModule):
+    """A perceptron; the same weights whenever it is made. Keeps its weights after each step."""
+
+    def __init__(self, learning_rate: float = 0.05) -> None:
+        super().__init__()
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(7)
+        self.net = torch.nn.Sequential(torch.nn.Linear(FEATURES, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, CLASSES))
+        torch.set_rng_state(generator_state)
+        self.learning_rate = learning_rate
+        self.history: list[torch.Tensor] = []
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.history.append(weights(self))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    """A copy of all parameters in one row."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def trainer(strategy: Any, rank: int, world_size: int, **kwargs: Any) -> pl.Trainer:
+    """A quiet Trainer for one of the ranks."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    plugins = [Ranks(rank, world_size), *kwargs.pop("plugins", [])]
+    return pl.Trainer(strategy=strategy, accelerator="cpu", devices=world_size, plugins=plugins, **{**quiet, **kwargs})
+
+
+def fit(strategy: Any, rank: int, world_size: int, module: Any = None, steps: int = 20, **kwargs: Any) -> Any:
+    """Trains for `steps` batches and gives the module, its Trainer as `module.trainer_of_fit`."""
+    module = Net() if module is None else module
+    module.trainer_of_fit = trainer(strategy, rank, world_size, **kwargs)
+    module.trainer_of_fit.fit(module, points(steps, world_size))
+    return module

@@ -1,0 +1,61 @@
+"""What importing the package does, and does not."""
+
+import os
+import subprocess
+import sys
+
+import lightning_accel
+
+QUIET = """
+import os, sys, threading
+import torch
+import torch.distributed as dist
+
+def state():
+    return {
+        "threads": len(os.listdir("/proc/self/task")),
+        "python threads": [thread.name for thread in threading.enumerate()],
+        "variables": dict(os.environ),
+        "process group": dist.is_initialized(),
+        "cuda": torch.cuda.is_initialized(),
+        "threads for a kernel": torch.get_num_threads(),
+        "random": torch.get_rng_state().tolist(),
+        "ddp": {name: id(value) for name, value in vars(torch.nn.parallel.DistributedDataParallel).items()},
+        "tensor": {name: id(value) for name, value in vars(torch.Tensor).items()},
+        "all_reduce": id(dist.all_reduce),
+    }
+
+before = state()
+import lightning_accel
+import lightning_accel.algorithms, lightning_accel.replica, lightning_accel.collectives, lightning_accel.reference.bytegrad
+after = state()
+for key in before:
+    assert before[key] == after[key], f"importing changed: {key}"
+assert "lightning.pytorch" not in sys.modules and "pytorch_lightning" not in sys.modules
+"""
+
+
+def run(code: str) -> None:
+    """In an interpreter of its own, which finds the package where this one does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:lightning_accel", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_importing_starts_and_changes_nothing():
+    """Catches a thread, a process group, a CUDA context, a patched class or a seed at import, and an import of Lightning."""
+    run(QUIET)
+
+
+def test_public_names_exist():
+    """Catches a name that is promised and missing. AccelStrategy imports Lightning: tests/lightning has it."""
+    for name in set(lightning_accel.__all__) - {"AccelStrategy"}:
+        assert getattr(lightning_accel, name).__name__ == name
+    assert not hasattr(lightning_accel, "no_such_name")
