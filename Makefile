@@ -23,12 +23,18 @@ NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# What CMake is to find: ninja, and nvcc where it is not on PATH.
+$(STAMP) native cuda: export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifdef NVCC
+export CUDACXX := $(NVCC)
+endif
+
 # torch is fixed by constraints.txt and never chosen by pip. Without build isolation CMake and ninja are the environment's,
 # at a path that stays, so a second build compiles only what changed.
 $(STAMP): $(BUILD_FILES) $(NATIVE_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	  $(EDITABLE_OPTIONS) --editable '.[dev]'
 	touch $@
 
@@ -54,7 +60,7 @@ native: $(STAMP)  ## the kernels' own tests, plain and under AddressSanitizer an
 	$(call native-tests,build/native-sanitized,ON)
 
 define native-tests
-PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DACCEL_CUDA=OFF -DACCEL_PYTHON=OFF -DACCEL_TESTS=ON -DACCEL_WERROR=ON \
+$(BIN)/cmake -S . -B $(1) -G Ninja -DACCEL_CUDA=OFF -DACCEL_PYTHON=OFF -DACCEL_TESTS=ON -DACCEL_WERROR=ON \
   -DACCEL_SANITIZE=$(2)
 $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
@@ -62,7 +68,7 @@ endef
 
 ifdef NVCC
 cuda: $(STAMP)  ## compiles the CUDA kernels for every architecture, where nvcc is; needs no GPU
-	$(call install-into,build/cuda,$(CURDIR)/$(BIN)/python,all-major,--config-settings=cmake.define.CMAKE_CUDA_FLAGS="-Werror all-warnings")
+	$(call install-into,build/cuda,$(BIN)/python,all-major,--config-settings=cmake.define.CMAKE_CUDA_FLAGS="-Werror all-warnings")
 	cd build/cuda/site/lightning_accel && $(CURDIR)/$(BIN)/python -S -c 'import _native as n; assert n.CUDA_ARCHITECTURES; \
 	  print("CUDA kernels for", n.CUDA_ARCHITECTURES, "compiled, and the module imports")'
 else
@@ -73,7 +79,7 @@ endif
 # $(1)/site: the package with CUDA kernels, made by the Python $(2) for the architectures $(3), with the options $(4).
 define install-into
 rm -rf $(1)/site
-PATH="$(abspath $(dir $(2))):$$PATH" CUDACXX="$(NVCC)" $(2) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(1)/site \
+$(2) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(1)/site \
   --config-settings=build-dir=$(1)/build --config-settings=cmake.define.ACCEL_CUDA=ON \
   --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(3) $(4) .
 endef
@@ -90,8 +96,8 @@ docs: $(STAMP)  ## docs/ as pages, in build/docs; a broken link stops it
 cuda-check:  ## on a machine with a GPU: builds for it, tests the kernels, measures them (no package index needed)
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make cuda-check needs a GPU that torch can use"'
 	$(call install-into,build/cuda-check,$(PYTHON),native)
-	PYTHONPATH=build/cuda-check/site $(PYTHON) -m pytest tests/cuda $(ARGS)
-	PYTHONPATH=build/cuda-check/site $(PYTHON) benchmarks/bench_codecs_cuda.py
+	PYTHONPATH=$(CURDIR)/build/cuda-check/site $(PYTHON) -m pytest tests/cuda $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/cuda-check/site $(PYTHON) benchmarks/bench_codecs_cuda.py
 
 clean:  ## removes what was built and the environment
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,5 @@
-// Encode, decode and sum, block by block. Compiled once for each instruction set: ACCEL_ISA names the namespace, the build gives
-// the flags, the compiler vectorises. Every function here has internal linkage (see platform.h).
+// Encode, decode and sum, block by block and, within a block, chunk by chunk (spans.h). Compiled once for each instruction set:
+// ACCEL_ISA names the namespace, the build gives the flags. Every function here has internal linkage (see platform.h).
 //
 // Memory traffic is what an operation costs: a block (2 KiB of float) is read from memory once and stays in the first cache for
 // its second pass.
@@ -76,10 +76,8 @@ ACCEL_INLINE void write_block(const typename Codec::Grid& grid, const Tensor* __
     beside(start, length);
     if (grid.is_blank) {
       memset(codes + start, 0, length * sizeof(Code));
-    } else if (is_streamed && length == kChunk) {
-      alignas(kCacheLineBytes) Code lines[kChunk];
-      encode_span<Codec>(grid, values + start, kChunk, lines);
-      stream(lines, sizeof lines, codes + start);
+    } else if (length == kChunk) {
+      encode_chunk<Codec>(grid, values + start, codes + start, is_streamed);
     } else {
       encode_span<Codec>(grid, values + start, length, codes + start);
     }
@@ -102,7 +100,8 @@ class StreamOrder {
 };
 
 // While a block is coded from the first cache, the statistic of the one after it is taken as it comes from memory, chunk by
-// chunk: so neither the memory nor the arithmetic waits for the other, and a block is read from memory once.
+// chunk: so each is read from memory once, and memory and arithmetic are both busy all the time. First all of one and then all of
+// the other would leave each idle in turn.
 template <class Codec, class Tensor>
 __attribute__((noinline)) void encode_full_blocks(const Segment& segment, const Tensor* source, uint8_t* wire, bool is_streamed) {
   using Value = typename Codec::Value;
@@ -142,6 +141,7 @@ __attribute__((noinline)) void encode_full_blocks(const Segment& segment, const 
   }
 }
 
+// A block whose values are at hand: a segment's ragged last one, or a sum.
 template <class Codec>
 __attribute__((noinline)) void encode_values(const typename Codec::Value* values, int numel, BlockView<Codec> out) {
   write_block<Codec>(typename Codec::Grid(statistic_of<Codec>(values, numel)), values, numel, out, false, [](int, int) {});

@@ -1,7 +1,8 @@
-// Runs of elements between a tensor's type, the arithmetic's and the wire's, and copies that bypass the caches.
+// Short runs of elements between a tensor's type, the arithmetic's and the wire's, and stores that bypass the caches.
 //
-// Mostly plain loops for the compiler to vectorise. Halves are the exception: they are converted by a loop (or, with F16C, an
-// instruction) of their own, because inlined into a longer loop body the compiler turns their conversion into branches.
+// Plain loops for the compiler to vectorise, with two exceptions. Halves are converted by a loop of their own or by F16C: in a
+// longer loop body the compiler turns their conversion into branches. And int8 from float32, the usual case, narrows its codes by
+// hand on AVX2. Either way the bits are those of the codec's header (native/tests).
 #pragma once
 
 #include <type_traits>
@@ -19,7 +20,7 @@ namespace accel::cpu::ACCEL_ISA {
 namespace {
 
 constexpr int kCacheLineBytes = 64;
-constexpr int kChunk = 128;  // the longest run handled at once: it fits in the first cache several times
+constexpr int kChunk = 128;  // elements, the longest run handled at once
 
 static_assert(kBlockNumel % kChunk == 0, "a block is whole chunks");
 
@@ -97,22 +98,21 @@ ACCEL_INLINE void store_span(ValueAt value, int numel, Tensor* __restrict__ tens
   }
 }
 
-#if defined(__AVX2__)
-// Grid::encode for 32 values at once: the codes are the low bytes of x * inverse + kRoundingMagic. The compiler narrows them in
-// half as many instructions again.
-ACCEL_INLINE __m256i encode_32(const Int8::Grid& grid, const float* values) {
-  const __m256 inverse = _mm256_set1_ps(grid.inverse);
-  const __m256 magic = _mm256_set1_ps(kRoundingMagic);
-  const __m256i low_byte = _mm256_set1_epi32(0xFF);
-  __m256i codes[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256 sum = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * i), inverse), magic);
-    codes[i] = _mm256_and_si256(_mm256_castps_si256(sum), low_byte);
+// Copies past the caches, so that a written line is neither read before nor pushes another out. Both pointers and `bytes` are
+// multiples of 16, as everything on the wire is.
+#if defined(__SSE2__)
+constexpr bool kCanStream = true;
+__attribute__((noinline)) void stream(const void* __restrict__ source, int64_t bytes, void* __restrict__ target) {
+  for (int64_t i = 0; i < bytes / 16; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(static_cast<const __m128i*>(source) + i));
   }
-  // Packing works on the two halves of a register, which leaves groups of four in the order 0 2 4 6 1 3 5 7.
-  const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(codes[0], codes[1]), _mm256_packus_epi32(codes[2], codes[3]));
-  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
+// Before whoever sends the streamed bytes is told that they are there.
+ACCEL_INLINE void finish_streams() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+ACCEL_INLINE void stream(const void*, int64_t, void*) {}
+ACCEL_INLINE void finish_streams() {}
 #endif
 
 // codes <- tensor's elements on the grid; numel <= kChunk.
@@ -127,17 +127,54 @@ ACCEL_INLINE void encode_span(const typename Codec::Grid& grid, const Tensor* __
     Value buffer[kChunk];
     encode_span<Codec>(grid, load_span<Value>(tensor, numel, buffer), numel, codes);
   } else {
-    int i = 0;
-#if defined(__AVX2__)
-    if constexpr (std::is_same_v<Codec, Int8> && std::is_same_v<Tensor, float>) {
-      for (; i + 32 <= numel; i += 32) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), encode_32(grid, tensor + i));
-      }
-    }
-#endif
-    for (; i < numel; ++i) {
+    for (int i = 0; i < numel; ++i) {
       codes[i] = grid.encode(load_value<Value>(tensor[i]));
     }
+  }
+}
+
+#if defined(__AVX2__)
+// Int8::Grid::encode of 32 values: the codes are the low bytes of x * inverse + kRoundingMagic. The compiler needs half as many
+// instructions again to narrow them.
+ACCEL_INLINE __m256i encode_32(const Int8::Grid& grid, const float* values) {
+  const __m256 inverse = _mm256_set1_ps(grid.inverse);
+  const __m256 magic = _mm256_set1_ps(kRoundingMagic);
+  const __m256i low_byte = _mm256_set1_epi32(0xFF);
+  __m256i codes[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 sum = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * i), inverse), magic);
+    codes[i] = _mm256_and_si256(_mm256_castps_si256(sum), low_byte);
+  }
+  // Packing works on each half of a register, which leaves groups of four in the order 0 2 4 6 1 3 5 7.
+  const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(codes[0], codes[1]), _mm256_packus_epi32(codes[2], codes[3]));
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#endif
+
+// The same for kChunk elements, and past the caches if `is_streamed`.
+template <class Codec, class Tensor>
+ACCEL_INLINE void encode_chunk(const typename Codec::Grid& grid, const Tensor* __restrict__ tensor,
+                               typename Codec::Code* __restrict__ codes, bool is_streamed) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Codec, Int8> && std::is_same_v<Tensor, float>) {
+    for (int i = 0; i < kChunk; i += 32) {
+      const __m256i encoded = encode_32(grid, tensor + i);
+      if (is_streamed) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(codes + i), _mm256_castsi256_si128(encoded));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(codes + i + 16), _mm256_extracti128_si256(encoded, 1));
+      } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), encoded);
+      }
+    }
+    return;
+  }
+#endif
+  if (is_streamed) {
+    alignas(kCacheLineBytes) typename Codec::Code lines[kChunk];
+    encode_span<Codec>(grid, tensor, kChunk, lines);
+    stream(lines, sizeof lines, codes);
+  } else {
+    encode_span<Codec>(grid, tensor, kChunk, codes);
   }
 }
 
@@ -153,24 +190,6 @@ ACCEL_INLINE void decode_span(const typename Codec::Header& header, const typena
     body([=](int i) { return Codec::decode(header, codes[i]); });
   }
 }
-
-// Bytes past the caches: big results would push out more than they are worth, and a written line need not be read before.
-// Both pointers and `bytes` are multiples of kStreamAlignment.
-constexpr int kStreamAlignment = 16;
-#if defined(__SSE2__)
-constexpr bool kCanStream = true;
-__attribute__((noinline)) void stream(const void* __restrict__ source, int64_t bytes, void* __restrict__ target) {
-  for (int64_t i = 0; i < bytes / kStreamAlignment; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(static_cast<const __m128i*>(source) + i));
-  }
-}
-// Streamed bytes become visible before whoever sends or reads them is told.
-ACCEL_INLINE void finish_streams() { _mm_sfence(); }
-#else
-constexpr bool kCanStream = false;
-ACCEL_INLINE void stream(const void*, int64_t, void*) {}
-ACCEL_INLINE void finish_streams() {}
-#endif
 
 }  // namespace
 }  // namespace accel::cpu::ACCEL_ISA

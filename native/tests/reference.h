@@ -16,6 +16,8 @@ using accel::CodecId;
 using accel::DType;
 
 constexpr int64_t kBlock = 512;
+constexpr int kNumCodecs = 5;
+constexpr int kNumDTypes = 4;
 
 // A binary floating-point format: one sign bit, `exponent_bits`, `fraction_bits`. The machine knows 4 and 8 bytes itself.
 struct Format {

@@ -395,8 +395,8 @@ void test_sums() {
 }  // namespace
 
 int main() {
-  for (int id = 0; id <= 4; ++id) {
-    for (int dtype = 0; dtype <= 3; ++dtype) {
+  for (int id = 0; id < reference::kNumCodecs; ++id) {
+    for (int dtype = 0; dtype < reference::kNumDTypes; ++dtype) {
       const Codec codec{static_cast<CodecId>(id), static_cast<DType>(dtype)};
       for (const Kind& kind : kinds()) {
         test_operations(codec, several(codec), kind);

@@ -18,8 +18,8 @@ Plan plan_of(const Offsets& tensor_offsets, const Offsets& numels, const Offsets
 }
 
 void test_sizes() {
-  for (int codec = 0; codec <= 4; ++codec) {
-    for (int dtype = 0; dtype <= 3; ++dtype) {
+  for (int codec = 0; codec < reference::kNumCodecs; ++codec) {
+    for (int dtype = 0; dtype < reference::kNumDTypes; ++dtype) {
       const reference::Codec plain{static_cast<CodecId>(codec), static_cast<DType>(dtype)};
       for (const int64_t numel : {0, 1, 7, 15, 16, 17, 511, 512, 513, 1000, 1024, 2049, 3001}) {
         const Plan plan(plain.id, plain.dtype, {5}, {numel}, {-1});
@@ -69,11 +69,11 @@ void test_refusals() {
   CHECK_THROWS(plan_of({0}, {huge}, {-1}), "at most");
   CHECK_THROWS(plan_of({huge}, {1}, {-1}), "at most");
   CHECK_THROWS(plan_of({0}, {1}, {huge - 15}), "at most");
-  for (const int codec : {-1, 5}) {
+  for (const int codec : {-1, reference::kNumCodecs}) {
     CHECK_THROWS(Plan(static_cast<CodecId>(codec), DType::kFloat32, {0}, {1}, {-1}), "codec must be");
     CHECK_THROWS(Plan(static_cast<CodecId>(codec), DType::kFloat32, {}, {}, {}), "codec must be");
   }
-  for (const int dtype : {-1, 4}) {
+  for (const int dtype : {-1, reference::kNumDTypes}) {
     CHECK_THROWS(Plan(CodecId::kInt8, static_cast<DType>(dtype), {0}, {1}, {-1}), "dtype must be");
     CHECK_THROWS(Plan(CodecId::kInt8, static_cast<DType>(dtype), {}, {}, {}), "dtype must be");
   }

@@ -9,7 +9,8 @@ Tensors are one-dimensional and contiguous; messages are `uint8`. On CUDA everyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -29,7 +30,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_codec(name: str) -> None:
     """Raises ValueError unless `name` is a codec."""
     if name not in CODECS:
-        raise ValueError(f"codec must be one of {', '.join(CODECS)}: got {name!r}")
+        close = difflib.get_close_matches(str(name), CODECS, n=1)
+        nearest = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}: got {name!r}{nearest}")
 
 
 class Plan:
@@ -82,35 +85,36 @@ class Plan:
         """What values are summed in: float32, but float64 where codec `none` carries float64."""
         return torch.float64 if self.codec == "none" and self.dtype == torch.float64 else torch.float32
 
-    def _place(self, device: torch.device) -> tuple[int, int]:
-        """Addresses of the segment table and the stream; zeros on the CPU."""
+    def _run(self, operation: Callable[..., None], device: torch.device, *operands: float) -> None:
+        """Calls a native operation; on CUDA with the segment table and the current stream of `device`."""
         if device.type == "cpu":
-            return 0, 0
-        table = self._tables.get(device)
-        if table is None:
-            # Once a plan and device; a plan without segments still needs an address.
-            data = bytearray(self.native.segment_table() or b"\0")
-            table = torch.frombuffer(data, dtype=torch.uint8).to(device)
-            self._tables[device] = table
-        return table.data_ptr(), torch.cuda.current_stream(device).cuda_stream
+            operation(self.native, *operands, 0, 0)
+            return
+        with torch.cuda.device(device):
+            table = self._tables.get(device)
+            if table is None:
+                # Once a plan and device; a plan without segments still needs an address.
+                data = bytearray(self.native.segment_table() or b"\0")
+                table = self._tables[device] = torch.frombuffer(data, dtype=torch.uint8).to(device)
+            operation(self.native, *operands, table.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
 
 
 def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor) -> None:
     """Writes the code of `tensor` (`plan.dtype`) to `wire`; padding keeps what it held."""
     _check(tensor, plan.dtype, wire, "tensor")
-    _native.encode(plan.native, *_memory(tensor), *_memory(wire), *plan._place(tensor.device))
+    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire))
 
 
 def decode(plan: Plan, wire: torch.Tensor, tensor: torch.Tensor) -> None:
     """Writes the value of `wire` to the plan's elements of `tensor` (`plan.dtype`)."""
     _check(tensor, plan.dtype, wire, "tensor")
-    _native.decode(plan.native, *_memory(wire), *_memory(tensor), *plan._place(tensor.device))
+    plan._run(_native.decode, tensor.device, *_memory(wire), *_memory(tensor))
 
 
 def decode_accumulate(plan: Plan, wire: torch.Tensor, accumulator: torch.Tensor) -> None:
     """Adds the value of `wire` to the plan's elements of `accumulator` (`plan.value_dtype`)."""
     _check(accumulator, plan.value_dtype, wire, "accumulator")
-    _native.decode_accumulate(plan.native, *_memory(wire), *_memory(accumulator), *plan._place(accumulator.device))
+    plan._run(_native.decode_accumulate, accumulator.device, *_memory(wire), *_memory(accumulator))
 
 
 def decode_sum_encode(
@@ -128,9 +132,7 @@ def decode_sum_encode(
         divisor: what the sum is divided by.
     """
     _check(messages, torch.uint8, wire, "messages")
-    _native.decode_sum_encode(
-        plan.native, *_memory(messages), count, stride_bytes, divisor, *_memory(wire), *plan._place(wire.device)
-    )
+    plan._run(_native.decode_sum_encode, wire.device, *_memory(messages), count, stride_bytes, divisor, *_memory(wire))
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:

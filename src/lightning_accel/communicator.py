@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -240,11 +241,7 @@ class Communicator:
             self._finish(task)
 
         try:
-            process_group = lane.group.process_group
-            assert process_group is not None, "the group was closed"  # None would be torch's default group
-            work = dist.all_reduce(tensor, group=process_group, async_op=True)
-            assert work is not None
-            work.get_future().add_done_callback(finish)
+            _start_all_reduce(tensor, lane).add_done_callback(finish)
         except Exception as error:
             self._fail(error, label)
         return task.future
@@ -370,11 +367,11 @@ class Communicator:
                     "rank that was killed, is stuck, or cannot be reached over the network."
                 )
                 self._failure.__cause__ = error
+                # A traceback keeps the variables of its frames, the group among them, and with it the connections.
+                traceback.clear_frames(error.__traceback__)
                 # Closing connections makes peers that wait for this rank fail now. On a thread of its own: it waits for the
                 # backend's threads, and this may be one of them.
-                self._abandoning = threading.Thread(
-                    target=self._destroy_groups, name="lightning_accel abandon", daemon=True
-                )
+                self._abandoning = threading.Thread(target=self._destroy_groups, name="lightning_accel abandon", daemon=True)
                 self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
@@ -392,6 +389,15 @@ class Communicator:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
             del process_group
+
+
+def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[list[torch.Tensor]]:
+    process_group = lane.group.process_group
+    assert process_group is not None, "the group was closed"  # None would be torch's default group
+    work = dist.all_reduce(tensor, group=process_group, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[list[torch.Tensor]] = work.get_future()
+    return future
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ from datetime import timedelta
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from helpers.models import GivenGradients, all_kinds, assert_gradients, few_kinds
 from helpers.ranks import run_ranks
-from helpers.tensors import CODECS, normal
+from helpers.tensors import CODECS, assert_same_bits, normal
 from lightning_accel import ByteGrad, Replica
 from lightning_accel.reference.bytegrad import bytegrad
 
@@ -246,6 +247,60 @@ def test_bytes_are_counted(world_size):
         assert statistics.full_precision_bytes == (3 * 2 * (n - 1) * 512 * 400 * 4 // n if n > 1 else 0)
         assert statistics.communication_seconds >= 0
         assert statistics.exposed_seconds >= 0
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, use_reentrant) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(60, 60) for _ in range(4)])
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if self.use_reentrant is None else checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+def recompute(rank, world_size):
+    inputs = normal(8 * 60, torch.float32, seed=rank).view(8, 60).clamp(-1, 1).requires_grad_()
+    results = []
+    for use_reentrant in (None, True, False):
+        ddp, replica = attach(Checkpointed(use_reentrant), ByteGrad(), bucket_cap_mb=0.01)
+        for _ in range(3):
+            ddp.zero_grad()
+            ddp(inputs).square().sum().backward()
+        results.append([parameter.grad for parameter in ddp.parameters()])
+        replica.close()
+    for plain, reentrant, other in zip(*results, strict=True):
+        assert_same_bits(reentrant, plain, "reentrant")
+        assert_same_bits(other, plain, "not reentrant")
+
+
+def test_activations_that_are_recomputed_change_nothing():
+    """Catches a wait that is tied to the outermost backward: a reentrant checkpoint runs backwards inside of it."""
+    run_ranks(recompute, 2)
+
+
+def two_at_once(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
+    first, first_replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), bucket_cap_mb=0.02)
+    second, second_replica = attach(GivenGradients(steps[0][rank]), ByteGrad("bf16"), bucket_cap_mb=0.05)
+    for step in range(3):
+        first.zero_grad()
+        second.zero_grad()
+        losses = [first(steps[step][rank]), second(steps[step + 1][rank])]
+        # In another order on each rank: each replica's own order is all that counts.
+        sum(losses[:: 1 if rank == 0 else -1]).backward()
+        assert_gradients(first.module, bytegrad(steps[step]), f"first, step {step}")
+        assert_gradients(second.module, bytegrad(steps[step + 1], "bf16"), f"second, step {step}")
+    first_replica.close()
+    second_replica.close()
+
+
+def test_two_replicas_in_one_backward():
+    """Catches state or groups that two models share."""
+    run_ranks(two_at_once, 2)
 
 
 def attach_again(rank, world_size, nodes):

@@ -258,7 +258,7 @@ def failed_backward(rank, world_size):
 
 
 def test_a_failed_backward_leaves_the_replica_usable():
-    """Catches a flag that stays armed: the next backward would not wait for its buckets."""
+    """Catches a round that is lost or counted twice when a backward did not get as far as its buckets."""
     run_ranks(failed_backward, 2)
 
 

@@ -1,4 +1,4 @@
-"""Puts this folder's shared module on the path (importlib mode does not), and Lightning into the process ranks are forked from."""
+"""Puts this folder's module on the path (importlib mode does not), and Lightning into the process ranks are forked from."""
 
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-import lightning_accel  # noqa: F401 - makes the names known
+import lightning_accel
 
 FEATURES, HIDDEN, CLASSES = 16, 33, 4
 NUMEL = FEATURES * HIDDEN + HIDDEN + HIDDEN * CLASSES + CLASSES
@@ -111,6 +112,17 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
+
+
+def as_if_installed(folder: Path) -> dict[str, str]:
+    """Variables for a clean interpreter that has the package's entry point, whether or not the package is installed."""
+    metadata = folder / "lightning_accel-0.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-accel\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nlightning_accel = lightning_accel_autoload:activate\n")
+    source = Path(lightning_accel.__file__).parent.parent
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    return {**variables, "PYTHONPATH": os.pathsep.join([str(folder), str(source)]), "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def weights(module: torch.nn.Module) -> torch.Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import run_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fits import Net, points, trainer, weights
+
+from helpers.ranks import run_ranks
 
 STEPS, EPOCHS = 4, 4
 STRATEGIES = ("ddp", "accel_gradient_allreduce", "accel_bytegrad")

@@ -1,15 +1,16 @@
 """Trainers with our strategy against the same with Lightning's own DDPStrategy, on two ranks."""
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.ranks import own_threads, run_ranks
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_fits import CLASSES, FEATURES, HIDDEN, NUMEL, Net, Points, fit, points, trainer, weights
 
+from helpers.ranks import own_threads, run_ranks
 from lightning_accel import AccelStrategy
 from lightning_accel.layout import BLOCK_NUMEL
 
@@ -73,6 +74,13 @@ class Double(Net):
         return self.loss([tensor.double() for tensor in batch])
 
 
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters.items()
+    if name not in ("self", "module", "device_ids")
+}
+"""What LightningCLI gives."""
+
 COMBINATIONS: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "plain": (Net, {}, {}),
     "accumulation": (Net, {}, {"accumulate_grad_batches": 4}),
@@ -86,6 +94,7 @@ COMBINATIONS: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "bf16-mixed": (Net, {}, {"precision": "bf16-mixed"}),
     "64-true": (Double, {}, {"precision": "64-true"}),
     "two optimizers": (Gan, {"find_unused_parameters": True}, {}),
+    "every default given": (Net, DEFAULTS, {}),
 }
 """Model, arguments of the strategy, arguments of the Trainer."""
 

@@ -3,6 +3,7 @@
 Catches, each in one of the tests: a moment that comes too early, too late, twice or not at all.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import own_threads, run_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_fits import Net, points, trainer, weights
 
+from helpers.ranks import own_threads, run_ranks
 from lightning_accel import AccelStrategy, Algorithm, BoundAlgorithm, ByteGrad, GradientAllReduce, register_algorithm
 
 EVENTS: list[str] = []
@@ -234,7 +235,7 @@ def test_accumulation_by_hand_is_one_round(moments: Any) -> None:
     """Catches a forward that ends the round before it although no optimizer has stepped yet."""
     batches = ["before_forward", "forward", "reduce", "reduce", "forward", "reduce", "before_step", "step first"]
     for seen in moments:
-        assert seen["manual accumulation"] == ((batches + ["reduce", "step second"]) * 2 + ["consensus", "teardown"], 2)
+        assert seen["manual accumulation"] == ([*batches, "reduce", "step second"] * 2 + ["consensus", "teardown"], 2)
 
 
 def test_saving(moments: Any) -> None:
@@ -260,7 +261,7 @@ def test_a_step_that_the_scaler_skips_is_a_round_on_every_rank(moments: Any, cod
         assert events == (STEP * 2 + skipped + STEP + skipped + STEP + ["consensus", "teardown"])
         assert rounds == 6
         assert scales == [256, 256, 128, 128, 64, 64]
-        changed = [not torch.equal(before, after) for before, after in zip(history, history[1:], strict=False)]
+        changed = [not torch.equal(before, after) for before, after in itertools.pairwise(history)]
         assert changed == [True, False, True, False, True]
         assert history.isfinite().all()
         assert torch.equal(history, moments[0][f"skipped {codec}"][3])

@@ -1,11 +1,7 @@
-"""How the strategy's names resolve: in clean interpreters, with and without an import by the user, and through LightningCLI.
-
-The package need not be installed: a directory with an entry point's metadata stands in for that.
-"""
+"""How the strategy's names resolve: in clean interpreters, with and without an import by the user, and through LightningCLI."""
 
 import inspect
 import json
-import os
 import subprocess
 import sys
 import types
@@ -16,14 +12,12 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning_fits import Net
+from lightning_fits import Net, as_if_installed
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_accel
 import lightning_accel_autoload
 from lightning_accel import AccelStrategy
-
-SOURCE = Path(lightning_accel.__file__).parent.parent
 
 BASES = {
     "accel": {},
@@ -95,11 +89,7 @@ lightning_accel.AccelStrategy.register_strategies(registry)
 def _interpreter(folder: Path, root: str, more: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", FACTS.format(root=root, more=more)],
-        env={
-            **{key: value for key, value in os.environ.items() if not key.startswith("PL_")},
-            "PYTHONPATH": os.pathsep.join([str(folder), str(SOURCE)]),
-            **variables,
-        },
+        env={**as_if_installed(folder), **variables},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,10 +101,6 @@ def _interpreter(folder: Path, root: str, more: str, **variables: str) -> subpro
 def interpreters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Facts told by clean interpreters, in which nobody imports us."""
     folder = tmp_path_factory.mktemp("installed")
-    metadata = folder / "lightning_accel-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-accel\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[torch.backends]\nlightning_accel = lightning_accel_autoload:activate\n")
     processes = {
         "lightning": _interpreter(folder, "lightning.pytorch", MORE_OF_LIGHTNING),
         "pytorch_lightning": _interpreter(folder, "pytorch_lightning", MORE_OF_PYTORCH_LIGHTNING),

@@ -166,6 +166,12 @@ def make_algorithm(algorithm: str | Algorithm, options: dict[str, Any] | None = 
     return cls(**options)
 
 
+def check_average(value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"average must be True or False: got {value!r}")
+
+
 def _nearest(word: object, words: Sequence[str] | dict[str, Any]) -> str:
     close = difflib.get_close_matches(str(word), list(words), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, check_average, register_algorithm
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.topology import Hierarchical, check_hierarchical
 
@@ -38,6 +38,7 @@ class GradientAllReduce(Algorithm):
 
     def __post_init__(self) -> None:
         check_hierarchical(self.hierarchical)
+        check_average(self.average)
 
     def bind(self, context: Context) -> BoundAlgorithm:
         """Makes the flat or the hierarchical form, as the nodes allow. Collective."""

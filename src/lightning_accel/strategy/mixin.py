@@ -258,12 +258,13 @@ def _check_ddp_arguments(arguments: dict[str, Any], options: list[str]) -> None:
     for name, reason in _REFUSED.items():
         if arguments.pop(name, None) is not None:
             raise ValueError(f"AccelStrategy does not take {name}: {reason}")
-    own = inspect.signature(DistributedDataParallel.__init__).parameters
-    valid = [name for name in own if name not in ("self", "module", "device_ids")]
+    others = [name for name in inspect.signature(AccelMixin.__init__).parameters if name not in ("self", "kwargs", *options)]
+    of_ddp = inspect.signature(DistributedDataParallel.__init__).parameters
+    valid = [name for name in of_ddp if name not in ("self", "module", "device_ids")]
     for name in arguments:
         if name not in valid:
-            close = difflib.get_close_matches(name, [*options, *valid], n=1)
+            close = difflib.get_close_matches(name, [*options, *others, *valid], n=1)
             raise TypeError(
-                f"AccelStrategy takes the options {', '.join(options)} and DistributedDataParallel's {', '.join(valid)}: "
-                f"got {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+                f"AccelStrategy takes {', '.join(others)}, the options {', '.join(options)}, and DistributedDataParallel's "
+                f"{', '.join(valid)}: got {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
             )
