@@ -408,7 +408,6 @@ int main() {
     }
   }
   test_long_message({CodecId::kInt8, DType::kFloat32}, 33000);
-  test_long_message({CodecId::kInt8, DType::kFloat16}, 33000);
   test_long_message({CodecId::kNone, DType::kFloat32}, 8300);
   test_long_message({CodecId::kFp16, DType::kFloat32}, 16500);
   test_error_bounds();

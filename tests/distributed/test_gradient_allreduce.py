@@ -56,9 +56,12 @@ def compare_training(rank, world_size):
     return ours
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_training_equals_ddp(world_size):
-    """Catches another division, another order of sums, gradients that are reduced in each micro-batch or not at all."""
+    """Catches another division, another order of sums, gradients that are reduced in each micro-batch or not at all.
+
+    DDP multiplies by 1/n, or divides by n where gradients are views of buckets: that differs at three ranks.
+    """
     ranks = run_ranks(compare_training, world_size)
     for weights in ranks[1:]:
         for own, first in zip(weights, ranks[0], strict=True):
@@ -84,13 +87,13 @@ def compare_gradients(rank, world_size):
             # NaN + NaN keeps the bits of either one: that much is left to the backend's threads.
             assert_same_bits(mean.nan_to_num(7), theirs.nan_to_num(7), what)
             assert torch.equal(mean.isnan(), theirs.isnan())
-            if theirs.dtype in (torch.float32, torch.float64):
+            if world_size != 3 and theirs.dtype in (torch.float32, torch.float64):
                 # Exact for a power of two, where nothing is subnormal or overflows.
                 normal = theirs.isfinite() & total.isfinite() & (theirs.abs() > 1e-30)
                 assert_same_bits(torch.where(normal, total, 0.0), torch.where(normal, theirs * world_size, 0.0), what)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_gradients_equal_ddp_and_the_sum_is_a_multiple(world_size):
     """Catches dtypes that are divided in another precision than DDP's, and an `average` that is ignored."""
     run_ranks(compare_gradients, world_size)

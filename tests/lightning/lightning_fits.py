@@ -63,10 +63,10 @@ class Ranks(ClusterEnvironment):
 class Points(Dataset):
     """`length` samples, each a function of its index alone."""
 
-    def __init__(self, length: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, length: int) -> None:
         generator = torch.Generator().manual_seed(5)
-        self.inputs = torch.randn(length, FEATURES, generator=generator).to(dtype)
-        self.targets = torch.randn(length, CLASSES, generator=generator).to(dtype)
+        self.inputs = torch.randn(length, FEATURES, generator=generator)
+        self.targets = torch.randn(length, CLASSES, generator=generator)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -75,9 +75,9 @@ class Points(Dataset):
         return self.inputs[index], self.targets[index]
 
 
-def points(steps: int, world_size: int = 2, **kwargs: Any) -> DataLoader:
+def points(steps: int, world_size: int) -> DataLoader:
     """Batches for `steps` steps of each rank."""
-    return DataLoader(Points(2 * steps * world_size, **kwargs), batch_size=2)
+    return DataLoader(Points(2 * steps * world_size), batch_size=2)
 
 
 class Net(pl.LightningModule):

@@ -67,13 +67,6 @@ class Gan(Net):
         ]
 
 
-class Double(Net):
-    """For data in float64."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss([tensor.double() for tensor in batch])
-
-
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters.items()
@@ -92,7 +85,7 @@ COMBINATIONS: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "clip norm": (Net, {}, {"gradient_clip_val": 0.3}),
     "clip value": (Net, {}, {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}),
     "bf16-mixed": (Net, {}, {"precision": "bf16-mixed"}),
-    "64-true": (Double, {}, {"precision": "64-true"}),
+    "64-true": (Net, {}, {"precision": "64-true"}),
     "two optimizers": (Gan, {"find_unused_parameters": True}, {}),
     "every default given": (Net, DEFAULTS, {}),
 }

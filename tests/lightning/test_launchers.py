@@ -13,6 +13,8 @@ import pytest
 import torch
 from lightning_fits import as_if_installed
 
+pytestmark = pytest.mark.timeout(240)  # three scripts and their processes import Lightning
+
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -121,7 +123,6 @@ def _living(folder: Path) -> list[int]:
     return living
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("case", "name"),
     [

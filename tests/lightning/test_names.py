@@ -19,6 +19,8 @@ import lightning_accel
 import lightning_accel_autoload
 from lightning_accel import AccelStrategy
 
+pytestmark = pytest.mark.timeout(240)  # three interpreters import Lightning
+
 BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
@@ -109,7 +111,7 @@ def interpreters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     facts = {}
     try:
         for name, process in processes.items():
-            printed, errors = process.communicate(timeout=100)
+            printed, errors = process.communicate(timeout=200)
             assert process.returncode == 0, errors
             facts[name] = json.loads(printed.split("FACTS ")[1])
     finally:
