@@ -51,7 +51,7 @@ class Model:
 
 MODELS = {
     "small": Model("small", layers=3, width=128, batch_size=32),
-    "large": Model("large", layers=4, width=2048, batch_size=8),
+    "large": Model("large", layers=4, width=2048, batch_size=4),
 }
 
 STRATEGIES = ("ddp", "gradient_allreduce", "bytegrad")

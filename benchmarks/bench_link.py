@@ -82,7 +82,8 @@ class Link:
 
     def place(self, end: int) -> Place:
         """Where a rank at this end runs."""
-        return Place(self.prefix(end), {"GLOO_SOCKET_IFNAME": self._devices[end]})
+        # These addresses have no names, and torch warns about each.
+        return Place(self.prefix(end), {"GLOO_SOCKET_IFNAME": self._devices[end], "TORCH_CPP_LOG_LEVEL": "ERROR"})
 
     def run(self, end: int, *command: str) -> str:
         return _command(*self.prefix(end), *command)
@@ -123,10 +124,13 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=6, help="of fits; two pairs each (default: %(default)s)")
     arguments.add_argument("--steps", type=int, default=25, help="of a fit (default: %(default)s)")
     arguments.add_argument("--bucket-cap-mb", type=float, help="of DDP, for all strategies alike (default: torch's own)")
+    arguments.add_argument("--gradient-as-bucket-view", action="store_true", help="of DDP, for all strategies alike")
     args = arguments.parse_args()
     check_requirements()
 
-    options = {} if args.bucket_cap_mb is None else {"bucket_cap_mb": args.bucket_cap_mb}
+    options: dict[str, object] = {"gradient_as_bucket_view": args.gradient_as_bucket_view}
+    if args.bucket_cap_mb is not None:
+        options["bucket_cap_mb"] = args.bucket_cap_mb
     settings = Settings(args.model, args.rounds, args.steps, strategies=tuple(args.strategies), ddp_options=options)
     model = MODELS[args.model]
     with Link(args.rate, args.burst, args.latency, args.congestion_control) as link:

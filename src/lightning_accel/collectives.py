@@ -57,10 +57,12 @@ class Group:
         elif _is_staged(process_group, sent):
             host_sent, host_received = scratch.pinned("sent", sent.numel()), scratch.pinned("received", received.numel())
             host_sent.copy_(sent)
-            dist.all_to_all_single(host_received, host_sent, group=process_group)
+            self._exchange(process_group, _parts(host_received, self), _parts(host_sent, self))
             received.copy_(host_received)
-        else:
+        elif sent.is_cuda:
             dist.all_to_all_single(received, sent, group=process_group)
+        else:
+            self._exchange(process_group, _parts(received, self), _parts(sent, self))
 
     def all_gather(self, gathered: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> None:
         """`gathered` becomes every rank's `sent`, in rank order, uint8."""
@@ -71,15 +73,38 @@ class Group:
         elif _is_staged(process_group, sent):
             host_sent, host_gathered = scratch.pinned("sent", sent.numel()), scratch.pinned("received", gathered.numel())
             host_sent.copy_(sent)
-            _all_gather_single(host_gathered, host_sent, group=process_group)
+            self._exchange(process_group, _parts(host_gathered, self), [host_sent] * self.world_size)
             gathered.copy_(host_gathered)
-        else:
+        elif sent.is_cuda:
             _all_gather_single(gathered, sent, group=process_group)
+        else:
+            self._exchange(process_group, _parts(gathered, self), [sent] * self.world_size)
+
+    def _exchange(self, process_group: dist.ProcessGroup, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor]) -> None:
+        """Sends `sent[k]` to rank k and receives `received[k]` from it, all at once and both ways at once.
+
+        gloo's own all_to_all and all_gather go round by round, in one direction at a time: half of a full-duplex link.
+        """
+        if not received[0].numel():
+            return
+        n, rank = self.world_size, self.rank
+        works = [dist.irecv(received[k], group=process_group, group_src=k) for k in range(n) if k != rank]
+        # Each rank begins with its next neighbour, so that no rank is everybody's first target.
+        works += [dist.isend(sent[(rank + k) % n], group=process_group, group_dst=(rank + k) % n) for k in range(1, n)]
+        received[rank].copy_(sent[rank])
+        for work in works:
+            assert work is not None
+            work.wait()
 
     def _copy_alone(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         if self.world_size > 1:
             raise RuntimeError("the group was closed")
         received.copy_(sent)
+
+
+def _parts(message: torch.Tensor, group: Group) -> list[torch.Tensor]:
+    """One equal part for each rank."""
+    return list(message.view(group.world_size, -1).unbind())
 
 
 def _is_staged(process_group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:

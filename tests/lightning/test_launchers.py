@@ -135,6 +135,7 @@ def _living(folder: Path) -> list[int]:
 def test_a_name_is_enough_with_each_of_lightnings_launchers(outcomes: Any, case: str, name: str) -> None:
     """Catches names that a started process does not know, a strategy that cannot travel there, and ranks that train alone."""
     outcome = outcomes[case]
+    assert (outcome["folder"] / f"{name}main").exists() or (outcome["folder"] / f"{name}main0").exists(), outcome["errors"]
     first, second = (torch.load(outcome["folder"] / f"{name}{rank}") for rank in (0, 1))
     assert torch.equal(first[0], second[0])
     assert first[1:] == second[1:] == (2, f"lightning_accel.strategy.{SCRIPTS[case][0].split('.')[0]}_root")
