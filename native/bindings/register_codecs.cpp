@@ -66,8 +66,9 @@ void register_codecs(py::module_& module) {
          uintptr_t stream) {
         check_tensor(plan, tensor, numel);
         check_wire(plan, wire, wire_bytes, "message");
-        launch({segments, stream}, [&] { cpu::encode(plan, memory_at(tensor), mutable_bytes_at(wire)); },
-               ACCEL_ON_CUDA(cuda::encode(plan, segments, memory_at(tensor), mutable_bytes_at(wire), stream)));
+        launch(
+            {segments, stream}, [&] { cpu::encode(plan, memory_at(tensor), mutable_bytes_at(wire)); },
+            ACCEL_ON_CUDA(cuda::encode(plan, segments, memory_at(tensor), mutable_bytes_at(wire), stream)));
       },
       py::arg("plan"), py::arg("tensor"), py::arg("numel"), py::arg("wire"), py::arg("wire_bytes"), py::arg("segments"),
       py::arg("stream"));
@@ -78,8 +79,9 @@ void register_codecs(py::module_& module) {
          uintptr_t stream) {
         check_tensor(plan, tensor, numel);
         check_wire(plan, wire, wire_bytes, "message");
-        launch({segments, stream}, [&] { cpu::decode(plan, bytes_at(wire), memory_at(tensor)); },
-               ACCEL_ON_CUDA(cuda::decode(plan, segments, bytes_at(wire), memory_at(tensor), stream)));
+        launch(
+            {segments, stream}, [&] { cpu::decode(plan, bytes_at(wire), memory_at(tensor)); },
+            ACCEL_ON_CUDA(cuda::decode(plan, segments, bytes_at(wire), memory_at(tensor), stream)));
       },
       py::arg("plan"), py::arg("wire"), py::arg("wire_bytes"), py::arg("tensor"), py::arg("numel"), py::arg("segments"),
       py::arg("stream"));
@@ -90,8 +92,9 @@ void register_codecs(py::module_& module) {
          uintptr_t stream) {
         check_tensor(plan, accumulator, numel);
         check_wire(plan, wire, wire_bytes, "message");
-        launch({segments, stream}, [&] { cpu::decode_accumulate(plan, bytes_at(wire), memory_at(accumulator)); },
-               ACCEL_ON_CUDA(cuda::decode_accumulate(plan, segments, bytes_at(wire), memory_at(accumulator), stream)));
+        launch(
+            {segments, stream}, [&] { cpu::decode_accumulate(plan, bytes_at(wire), memory_at(accumulator)); },
+            ACCEL_ON_CUDA(cuda::decode_accumulate(plan, segments, bytes_at(wire), memory_at(accumulator), stream)));
       },
       py::arg("plan"), py::arg("wire"), py::arg("wire_bytes"), py::arg("accumulator"), py::arg("numel"), py::arg("segments"),
       py::arg("stream"));
@@ -107,8 +110,9 @@ void register_codecs(py::module_& module) {
         check_wire(plan, messages, messages_bytes - (count - 1) * stride_bytes, "last message");
         check_wire(plan, wire, wire_bytes, "message");
         const Messages source{bytes_at(messages), count, stride_bytes};
-        launch({segments, stream}, [&] { cpu::decode_sum_encode(plan, source, divisor, mutable_bytes_at(wire)); },
-               ACCEL_ON_CUDA(cuda::decode_sum_encode(plan, segments, source, divisor, mutable_bytes_at(wire), stream)));
+        launch(
+            {segments, stream}, [&] { cpu::decode_sum_encode(plan, source, divisor, mutable_bytes_at(wire)); },
+            ACCEL_ON_CUDA(cuda::decode_sum_encode(plan, segments, source, divisor, mutable_bytes_at(wire), stream)));
       },
       py::arg("plan"), py::arg("messages"), py::arg("messages_bytes"), py::arg("count"), py::arg("stride_bytes"),
       py::arg("divisor"), py::arg("wire"), py::arg("wire_bytes"), py::arg("segments"), py::arg("stream"));

@@ -197,10 +197,16 @@ void decode_as(const Plan& plan, const uint8_t* wire, Tensor* tensor) {
 
 template <class Codec>
 void decode_accumulate_as(const Plan& plan, const uint8_t* wire, typename Codec::Value* accumulator) {
+  using Value = typename Codec::Value;
   for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    auto* target = accumulator + segment.tensor_offset + block * kBlockNumel;
-    decode_block<Codec>(block_view<Codec>(segment, block, wire), numel,
-                        [&](int start, int length, auto value) { add_span(value, length, target + start); });
+    Value* target = accumulator + segment.tensor_offset + block * kBlockNumel;
+    decode_block<Codec>(block_view<Codec>(segment, block, wire), numel, [&](int start, int length, auto value) {
+      // Inf - Inf makes other NaN bits on other machines: store_value makes the canonical one.
+      Value* __restrict__ sums = target + start;
+      for (int i = 0; i < length; ++i) {
+        sums[i] = store_value<Value>(sums[i] + value(i));
+      }
+    });
   });
 }
 

@@ -19,14 +19,14 @@
 #include <cuda_runtime_api.h>
 
 // Throws std::runtime_error with CUDA's own name and text of the error.
-#define ACCEL_CUDA_CHECK(call)                                                                                     \
-  do {                                                                                                             \
-    const cudaError_t accel_cuda_error = (call);                                                                   \
-    if (accel_cuda_error != cudaSuccess) {                                                                         \
-      std::ostringstream accel_check_stream;                                                                       \
-      accel_check_stream << #call << " failed at " << __FILE__ << ":" << __LINE__ << ": "                          \
-                         << cudaGetErrorName(accel_cuda_error) << ": " << cudaGetErrorString(accel_cuda_error);    \
-      throw std::runtime_error(accel_check_stream.str());                                                          \
-    }                                                                                                              \
+#define ACCEL_CUDA_CHECK(call)                                                                                                  \
+  do {                                                                                                                          \
+    const cudaError_t accel_cuda_error = (call);                                                                                \
+    if (accel_cuda_error != cudaSuccess) {                                                                                      \
+      std::ostringstream accel_check_stream;                                                                                    \
+      accel_check_stream << #call << " failed at " << __FILE__ << ":" << __LINE__ << ": " << cudaGetErrorName(accel_cuda_error) \
+                         << ": " << cudaGetErrorString(accel_cuda_error);                                                       \
+      throw std::runtime_error(accel_check_stream.str());                                                                       \
+    }                                                                                                                           \
   } while (false)
 #endif

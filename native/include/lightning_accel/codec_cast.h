@@ -42,9 +42,7 @@ struct Cast {
 
  private:
   ACCEL_MEMBER static Code encode_value(float x) { return Convert<Wire>::from_float(x); }
-  ACCEL_MEMBER static double encode_value(double x) {
-    return x == x ? x : bit_cast<double>(uint64_t{0x7FF8000000000000u});
-  }
+  ACCEL_MEMBER static double encode_value(double x) { return x == x ? x : bit_cast<double>(uint64_t{0x7FF8000000000000u}); }
   template <class T>
   ACCEL_MEMBER static float decode_value(T code) {
     return Convert<T>::to_float(code);

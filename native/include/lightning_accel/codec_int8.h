@@ -11,7 +11,7 @@
 
 namespace accel {
 
-constexpr int kBlockNumel = 512;        // elements that share a scale; also the unit of ownership (src/lightning_accel/layout.py)
+constexpr int kBlockNumel = 512;  // elements that share a scale; also the unit of ownership (src/lightning_accel/layout.py)
 constexpr float kSmallestAbsmax = 0x1p-100f;
 
 struct Int8 {
