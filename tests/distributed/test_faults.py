@@ -337,7 +337,8 @@ def is_alive(pid):
 def test_ctrl_c_ends_a_process_that_waits(algorithm, tmp_path):
     """Catches a wait inside of torch that Ctrl-C cannot reach, and an exit that joins a thread inside of a collective."""
     _, seconds = run_ranks(interrupt, 2, algorithm, str(tmp_path), lost={0})
-    assert seconds < 2
+    # Under two seconds on a machine at rest; a wait that Ctrl-C does not reach lasts for the groups' timeout.
+    assert seconds < MOMENTS_SECONDS, seconds
 
 
 SCRIPT = """
