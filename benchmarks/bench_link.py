@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -127,6 +128,7 @@ def main() -> None:
     arguments.add_argument("--gradient-as-bucket-view", action="store_true", help="of DDP, for all strategies alike")
     args = arguments.parse_args()
     check_requirements()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # an exception, so that the namespaces go
 
     options: dict[str, object] = {"gradient_as_bucket_view": args.gradient_as_bucket_view}
     if args.bucket_cap_mb is not None:
