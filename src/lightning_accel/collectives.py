@@ -83,7 +83,8 @@ class Group:
     def _exchange(self, process_group: dist.ProcessGroup, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor]) -> None:
         """Sends `sent[k]` to rank k and receives `received[k]` from it, all at once and both ways at once.
 
-        gloo's own all_to_all and all_gather go round by round, in one direction at a time: half of a full-duplex link.
+        Receives are posted first: gloo tells a sender that it may send on the connection that carries the data, and with
+        its own all_to_all and all_gather a late rank's word queues behind its own message, which doubles the time.
         """
         if not received[0].numel():
             return

@@ -95,6 +95,20 @@ def check_graphs(rank, world_size):
         assert_gradients(ddp.module, wanted, f"tied, step {step}")
     replica.close()
 
+    # A bucket may hold nothing but an empty parameter, and a message nothing for some ranks.
+    small = [normal(5, torch.float32, seed=1), torch.zeros(0, dtype=torch.float16), torch.zeros(0, dtype=torch.float64)]
+    for name in ("a", f"node {rank}"):
+        ddp, replica = attach(GivenGradients(small), ByteGrad(hierarchical=True), name)
+        for step in range(3):
+            backward(ddp, small)
+            nodes = [range(world_size)] if name == "a" else [[r] for r in range(world_size)]
+            assert_gradients(ddp.module, bytegrad([small] * world_size, nodes=nodes), f"empty, node {name}, step {step}")
+        replica.close()
+    ddp, replica = attach(GivenGradients(small), ByteGrad(hierarchical=False))
+    backward(ddp, small)
+    assert_gradients(ddp.module, bytegrad([small] * world_size), "empty, flat")
+    replica.close()
+
     # Blocks are cut as the elements lie in memory, which DDP keeps in its buckets.
     image = [normal(40 * 7 * 3 * 3, torch.float32, seed=r).view(40, 3, 3, 7).permute(0, 3, 1, 2) for r in range(world_size)]
     model = GivenGradients([image[0]])

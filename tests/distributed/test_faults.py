@@ -336,9 +336,13 @@ def is_alive(pid):
 @pytest.mark.parametrize("algorithm", [ByteGrad(), GradientAllReduce()], ids=lambda algorithm: algorithm.name)
 def test_ctrl_c_ends_a_process_that_waits(algorithm, tmp_path):
     """Catches a wait inside of torch that Ctrl-C cannot reach, and an exit that joins a thread inside of a collective."""
-    _, seconds = run_ranks(interrupt, 2, algorithm, str(tmp_path), lost={0})
-    # Under two seconds on a machine at rest; a wait that Ctrl-C does not reach lasts for the groups' timeout.
-    assert seconds < MOMENTS_SECONDS, seconds
+    attempts = []
+    while len(attempts) < 3 and not any(seconds < 2 for seconds in attempts):  # others may use the machine too
+        folder = tmp_path / str(len(attempts))
+        folder.mkdir()
+        attempts.append(run_ranks(interrupt, 2, algorithm, str(folder), lost={0})[1])
+    # Under two seconds on a machine at rest. A join in the exit takes five, and a wait that Ctrl-C does not reach thirty.
+    assert min(attempts) < 4, attempts
 
 
 SCRIPT = """

@@ -56,11 +56,9 @@ class _Flat(BoundAlgorithm):
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
         if self._options.average:
-            # Before the sum, as DDP does, so that float16 does not overflow; and with DDP's own two ways to divide.
-            if self.context.ddp.gradient_as_bucket_view:
-                gradients.div_(self.communicator.world_size)
-            else:
-                gradients.mul_(1.0 / self.communicator.world_size)
+            # Before the sum, as DDP does, so that float16 does not overflow; and as a product, as DDP does, but for gradients
+            # that are views of buckets and were not set to None since: those it divides.
+            gradients.mul_(1.0 / self.communicator.world_size)
         return self.communicator.all_reduce(label, gradients, self._lane)
 
 
