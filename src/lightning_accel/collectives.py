@@ -7,8 +7,10 @@ layout.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,11 @@ from lightning_accel.layout import Layout
 
 # torch 2.13 renamed the functions that gather into one tensor; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_CPU = torch.device("cpu")
+
+_MAX_INTERFACES = 4
+"""Network interfaces that gloo is expected to use at most."""
 
 
 def backend_of(process_group: dist.ProcessGroup, device: torch.device) -> str:
@@ -79,6 +86,26 @@ class Group:
             _all_gather_single(gathered, sent, group=process_group)
         else:
             self._exchange(process_group, _parts(gathered, self), [sent] * self.world_size)
+
+    def abort(self) -> None:
+        """Closes connections: what waits for one of them fails now, on this rank and on others. Not collective; gloo only.
+
+        gloo has no such call, but a receive that runs out of time closes all connections of its context.
+        """
+        process_group = self.process_group
+        if process_group is None or backend_of(process_group, _CPU) != "gloo":
+            return
+        # torch deals tags to contexts in turn, one for each network interface; tag 0 is that of messages.
+        for tag in range(1, 1 + _MAX_INTERFACES):
+            for k in range(1, self.world_size):
+                peer = (self.rank + k) % self.world_size
+                try:
+                    work = dist.irecv(torch.empty(1, dtype=torch.uint8), group=process_group, group_src=peer, tag=tag)
+                except RuntimeError:
+                    continue  # this connection is closed already, others may not be
+                with contextlib.suppress(RuntimeError):
+                    assert work is not None
+                    work.wait(timedelta(milliseconds=1))
 
     def _exchange(self, process_group: dist.ProcessGroup, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor]) -> None:
         """Sends `sent[k]` to rank k and receives `received[k]` from it, all at once and both ways at once.

@@ -10,12 +10,14 @@ groups' connections are closed, which makes the peers fail within moments instea
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import queue
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,6 +184,9 @@ class Communicator:
         self._changed = threading.Condition()
         self._pending: list[_Task] = []
         self._failure: CommunicationError | None = None
+        if not _at_exit:
+            atexit.register(_close_all)
+        _at_exit.add(self)
         self._abandoning: threading.Thread | None = None
 
     def open_lane(self, *, with_nodes: bool = False) -> Lane:
@@ -281,7 +286,15 @@ class Communicator:
         return _Task(label, tensor).deliver()
 
     def close(self) -> None:
-        """Ends the threads and gives the groups back; waits a bounded time, and never raises."""
+        """Ends the threads and gives the groups back; waits a bounded time, and never raises.
+
+        What is pending fails, here and on the other ranks. Called at the interpreter's exit too: a thread that comes out of a
+        native call after it would end the process by force.
+        """
+        with self._changed:
+            pending = self._pending[:1]
+        for task in pending:
+            self._fail(RuntimeError("communication was closed before it was done"), task.label)
         ended = [lane.close() for lane in self._lanes]
         if not all(ended):
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self._name, _GRACE_SECONDS)
@@ -369,14 +382,20 @@ class Communicator:
                 self._failure.__cause__ = error
                 # A traceback keeps the variables of its frames, the group among them, and with it the connections.
                 traceback.clear_frames(error.__traceback__)
-                # Closing connections makes peers that wait for this rank fail now. On a thread of its own: it waits for the
-                # backend's threads, and this may be one of them.
-                self._abandoning = threading.Thread(target=self._destroy_groups, name="lightning_accel abandon", daemon=True)
+                # Closing connections makes peers that wait for this rank fail now, and this rank's other lanes. On a thread of
+                # its own: it waits for the backend's threads, and this may be one of them.
+                self._abandoning = threading.Thread(target=self._abort_groups, name="lightning_accel abandon", daemon=True)
                 self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
         for task in pending:
             task.deliver()
+
+    def _abort_groups(self) -> None:
+        for lane in self._lanes:
+            for group in lane.groups:
+                group.abort()
+        self._destroy_groups()
 
     def _destroy_groups(self) -> None:
         # Nothing may keep the groups from here on. Connections close with the last reference; and one dropped by a callback,
@@ -389,6 +408,14 @@ class Communicator:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
             del process_group
+
+
+_at_exit: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for communicator in list(_at_exit):
+        communicator.close()
 
 
 def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[list[torch.Tensor]]:

@@ -20,6 +20,7 @@ from helpers.models import GivenGradients, few_kinds
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
 from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica, codecs, communicator
+from lightning_accel.collectives import Group
 from lightning_accel.reference.bytegrad import bytegrad
 from lightning_accel.reference.gradient_allreduce import gradient_allreduce
 
@@ -385,3 +386,33 @@ def test_a_script_that_closes_nothing_ends(tmp_path):
     for rank, (output, errors) in zip(ranks, results, strict=True):
         assert output == "done\n", errors
         assert rank.returncode == 0, errors
+
+
+def abort_groups(rank, world_size):
+    group = Group(dist.new_group())
+    awake = threading.Event()
+
+    def wait_for_first_rank():
+        with pytest.raises(RuntimeError):
+            dist.irecv(torch.empty(1), group=group.process_group, group_src=0).wait()
+        awake.set()
+
+    if rank != 0:
+        threading.Thread(target=wait_for_first_rank, daemon=True).start()
+        time.sleep(0.2)
+    dist.barrier()
+    if rank == 2:
+        group.abort()
+        assert awake.wait(MOMENTS_SECONDS)
+    dist.barrier()
+    if rank == 0:
+        group.abort()  # its connection to rank 2 is closed already, the one to rank 1 is not
+    if rank == 1:
+        assert awake.wait(MOMENTS_SECONDS)
+    dist.barrier()  # nobody lets go of the group before: that would close its connections too
+    return True
+
+
+def test_an_aborted_group_wakes_own_threads_and_other_ranks():
+    """Catches an abort that leaves connections open: whoever waits on them waits for the timeout."""
+    assert run_ranks(abort_groups, 3) == [True] * 3
