@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, Parameters
 from lightning_accel.communicator import Communicator, Statistics
+from lightning_accel.diverted_group import DivertedGroup
 from lightning_accel.topology import discover
 
 
@@ -24,7 +25,8 @@ class Replica:
     """One rank's model in training: a DDP instance, and the algorithm that communicates for it.
 
     Collective: all ranks of the DDP's process group make it in the same order, close it, and call `consensus`, `pause` and
-    `resume` alike. The DDP instance must not have a communication hook; it keeps ours for life, so it can be attached once.
+    `resume` alike. The DDP instance must not have a communication hook. An algorithm that takes whole buckets is one, and DDP
+    keeps it for life, so it can be attached once.
 
     Args:
         ddp: the wrapped model, not yet trained.
@@ -57,8 +59,13 @@ class Replica:
         self._in_round = False
         self._has_reduced = False
         self._backward_is_armed = False
+        self._buckets = 0
         self._is_closed = False
-        ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
+        self._end_diversion: Callable[[], Any] | None = None
+        if self.algorithm.lets_ddp_divide:
+            self._divert_all_reduce(ddp)
+        else:
+            ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
         # Outside of what torch.compile may trace: moments are side effects.
         forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
@@ -101,15 +108,18 @@ class Replica:
         self.algorithm.load_state_dict(state["algorithm"])
 
     def close(self) -> None:
-        """Ends communication; idempotent, bounded in time, and after a failure too. The DDP instance stays with its hook.
+        """Ends communication; idempotent, bounded in time, and after a failure too.
 
-        Backward passes after it keep local gradients.
+        Backward passes after it keep local gradients: DDP keeps its hook. Where the algorithm let DDP divide, it leaves plain
+        DDP.
         """
         if self._is_closed:
             return
         self._is_closed = True
         for handle in self._handles:
             handle.remove()
+        if self._end_diversion is not None:
+            self._end_diversion()
         try:
             self.algorithm.teardown()
         finally:
@@ -136,18 +146,49 @@ class Replica:
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         self.before_step()
 
+    def _divert_all_reduce(self, ddp: DistributedDataParallel) -> None:
+        if ddp._comm_hooks:
+            raise RuntimeError("the DDP instance has a communication hook already; attach the algorithm to one without")
+        replica = weakref.ref(self)  # as with the hook: a DDP instance does not keep threads and groups alive
+
+        def all_reduce(divided: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+            attached = replica()
+            assert attached is not None
+            return attached._all_reduce(divided)
+
+        self._diverted_group = DivertedGroup(ddp.process_group, all_reduce)
+        ddp.reducer._update_process_group(self._diverted_group)
+        # The reducer holds the group's C++ half only; the Python half must not go before it.
+        end_diversion = weakref.finalize(self, ddp.reducer._update_process_group, ddp.process_group)
+        end_diversion.atexit = False
+        self._end_diversion = end_diversion
+
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         label = f"bucket {bucket.index()}"
-        self._has_reduced = True
-        if not self._backward_is_armed:
-            self._backward_is_armed = True
-            # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
-            # works, and from where an error reaches the training thread as it is.
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        self._arm()
         try:
             return self.algorithm.reduce_gradients(bucket, label)
         except Exception as error:
             return self.communicator.fail(error, label, bucket.buffer())
+
+    def _all_reduce(self, divided: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+        self._arm()
+        label = f"bucket {self._buckets}"
+        self._buckets += 1
+        try:
+            return self.algorithm.all_reduce(divided, label)
+        except Exception as error:
+            return self.communicator.fail(error, label, divided)
+
+    def _arm(self) -> None:
+        """At a backward's first bucket."""
+        self._has_reduced = True
+        if not self._backward_is_armed:
+            self._backward_is_armed = True
+            self._buckets = 0
+            # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
+            # works, and from where an error reaches the training thread as it is.
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
         self._backward_is_armed = False

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import own_threads, run_ranks
-from lightning_accel import Algorithm, BoundAlgorithm, ByteGrad, Replica, register_algorithm
+from lightning_accel import Algorithm, BoundAlgorithm, ByteGrad, GradientAllReduce, Replica, register_algorithm
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -416,3 +416,41 @@ def compiled(rank, world_size):
 def test_compiled_models_keep_the_moments():
     """Catches a moment that torch.compile traces once and forgets."""
     run_ranks(compiled, 2, timeout=100)
+
+
+def keep_local(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def let_ddp_divide(rank, world_size):
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(torch.nn.Linear(3, 2))
+    data = torch.full((1, 3), float(rank + 1))
+
+    def gradient():
+        ddp.zero_grad()
+        ddp(data).sum().backward()
+        return ddp.module.weight.grad.clone()
+
+    mean = gradient()
+    for ending in (Replica.close, None):
+        replica = Replica(ddp, GradientAllReduce(), timeout=TIMEOUT)
+        before = replica.statistics.sent_bytes
+        assert torch.equal(gradient(), mean)
+        assert replica.statistics.sent_bytes > before
+        if ending is not None:
+            ending(replica)
+        del replica
+        gc.collect()
+        assert torch.equal(gradient(), mean)
+    ddp.register_comm_hook(None, keep_local)
+    with pytest.raises(RuntimeError, match="communication hook"):
+        Replica(ddp, GradientAllReduce(), timeout=TIMEOUT)
+    return True
+
+
+def test_ddp_may_divide_and_is_plain_ddp_afterwards():
+    """Catches a DDP instance left with a group whose Python half is gone, and a hook that would be passed over."""
+    assert run_ranks(let_ddp_divide, 2) == [True, True]

@@ -75,6 +75,10 @@ class BoundAlgorithm:
     A *round* is what leads to one optimizer step: one or more micro-batches, then the step.
     """
 
+    lets_ddp_divide = False
+    """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
+    `reduce_gradients`, and memory is passed over once less."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator
@@ -87,6 +91,10 @@ class BoundAlgorithm:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
+
+    def all_reduce(self, divided: torch.Tensor, label: str) -> torch.futures.Future[torch.Tensor]:
+        """As `reduce_gradients`, for the content of a bucket that DDP has divided; used if `lets_ddp_divide`."""
+        raise NotImplementedError
 
     def before_forward(self) -> None:
         """Before the first micro-batch's forward of a round."""

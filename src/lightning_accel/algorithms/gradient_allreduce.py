@@ -50,16 +50,14 @@ class GradientAllReduce(Algorithm):
 class _Flat(BoundAlgorithm):
     def __init__(self, context: Context, options: GradientAllReduce) -> None:
         super().__init__(context)
-        self._options = options
+        self.lets_ddp_divide = options.average
         self._lane = context.communicator.open_lane()
 
+    def all_reduce(self, divided: torch.Tensor, label: str) -> torch.futures.Future[torch.Tensor]:
+        return self.communicator.all_reduce(label, divided, self._lane)
+
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
-        gradients = bucket.buffer()
-        if self._options.average:
-            # Before the sum, as DDP does, so that float16 does not overflow; and as a product, as DDP does, but for gradients
-            # that are views of buckets and were not set to None since: those it divides.
-            gradients.mul_(1.0 / self.communicator.world_size)
-        return self.communicator.all_reduce(label, gradients, self._lane)
+        return self.communicator.all_reduce(label, bucket.buffer(), self._lane)
 
 
 class _Hierarchical(BoundAlgorithm):
