@@ -8,7 +8,7 @@ layout.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +25,10 @@ _CPU = torch.device("cpu")
 
 _MAX_INTERFACES = 4
 """Network interfaces that gloo is expected to use at most."""
+
+
+Wait = Callable[[], None]
+"""Waits for a message that was started; raises if it failed."""
 
 
 def backend_of(process_group: dist.ProcessGroup, device: torch.device) -> str:
@@ -55,37 +59,33 @@ class Group:
         self.world_size = dist.get_world_size(process_group) if process_group is not None else 1
         self.sent_bytes = 0
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> None:
-        """Part k of `sent` goes to rank k; part k of `received` comes from rank k. Equal parts, uint8."""
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> Wait:
+        """Part k of `sent` goes to rank k; part k of `received` comes from rank k. Equal parts, uint8.
+
+        Starts it; what is returned waits for it. Until then memory and scratch are in use.
+        """
         self.sent_bytes += sent.numel() // self.world_size * (self.world_size - 1)
         process_group = self.process_group  # read once: a failure takes it away at any moment, and to torch None is the world
         if process_group is None:
-            self._copy_alone(received, sent)
-        elif _is_staged(process_group, sent):
-            host_sent, host_received = scratch.pinned("sent", sent.numel()), scratch.pinned("received", received.numel())
-            host_sent.copy_(sent)
-            self._exchange(process_group, _parts(host_received, self), _parts(host_sent, self))
-            received.copy_(host_received)
-        elif sent.is_cuda:
+            return self._copy_alone(received, sent)
+        if sent.is_cuda and not _is_staged(process_group, sent):
             dist.all_to_all_single(received, sent, group=process_group)
-        else:
-            self._exchange(process_group, _parts(received, self), _parts(sent, self))
+            return _on_this_stream
+        return self._exchange(process_group, received, sent, scratch, lambda message: _parts(message, self))
 
-    def all_gather(self, gathered: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> None:
-        """`gathered` becomes every rank's `sent`, in rank order, uint8."""
+    def all_gather(self, gathered: torch.Tensor, sent: torch.Tensor, scratch: Scratch) -> Wait:
+        """`gathered` becomes every rank's `sent`, in rank order, uint8; `sent` may be its place in `gathered`.
+
+        Starts it; what is returned waits for it. Until then memory and scratch are in use.
+        """
         self.sent_bytes += sent.numel() * (self.world_size - 1)
         process_group = self.process_group
         if process_group is None:
-            self._copy_alone(gathered, sent)
-        elif _is_staged(process_group, sent):
-            host_sent, host_gathered = scratch.pinned("sent", sent.numel()), scratch.pinned("received", gathered.numel())
-            host_sent.copy_(sent)
-            self._exchange(process_group, _parts(host_gathered, self), [host_sent] * self.world_size)
-            gathered.copy_(host_gathered)
-        elif sent.is_cuda:
+            return self._copy_alone(gathered, sent)
+        if sent.is_cuda and not _is_staged(process_group, sent):
             _all_gather_single(gathered, sent, group=process_group)
-        else:
-            self._exchange(process_group, _parts(gathered, self), [sent] * self.world_size)
+            return _on_this_stream
+        return self._exchange(process_group, gathered, sent, scratch, lambda message: [message] * self.world_size)
 
     def abort(self) -> None:
         """Closes connections: what waits for one of them fails now, on this rank and on others. Not collective; gloo only.
@@ -107,27 +107,50 @@ class Group:
                     assert work is not None
                     work.wait(timedelta(milliseconds=1))
 
-    def _exchange(self, process_group: dist.ProcessGroup, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor]) -> None:
-        """Sends `sent[k]` to rank k and receives `received[k]` from it, all at once and both ways at once.
+    def _exchange(
+        self,
+        process_group: dist.ProcessGroup,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        scratch: Scratch,
+        parts: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    ) -> Wait:
+        """Sends `parts(sent)[k]` to rank k and receives part k of `received` from it, all at once and both ways at once.
 
         Receives are posted first: gloo tells a sender that it may send on the connection that carries the data, and with
         its own all_to_all and all_gather a late rank's word queues behind its own message, which doubles the time.
         """
-        if not received[0].numel():
-            return
+        if not received.numel():
+            return _on_this_stream
+        is_staged = sent.is_cuda
+        host_received = scratch.pinned("received", received.numel()) if is_staged else received
+        host_sent = scratch.pinned("sent", sent.numel()).copy_(sent) if is_staged else sent
+        from_ranks, to_ranks = _parts(host_received, self), parts(host_sent)
         n, rank = self.world_size, self.rank
-        works = [dist.irecv(received[k], group=process_group, group_src=k) for k in range(n) if k != rank]
+        works = [dist.irecv(from_ranks[k], group=process_group, group_src=k) for k in range(n) if k != rank]
         # Each rank begins with its next neighbour, so that no rank is everybody's first target.
-        works += [dist.isend(sent[(rank + k) % n], group=process_group, group_dst=(rank + k) % n) for k in range(1, n)]
-        received[rank].copy_(sent[rank])
-        for work in works:
-            assert work is not None
-            work.wait()
+        works += [dist.isend(to_ranks[(rank + k) % n], group=process_group, group_dst=(rank + k) % n) for k in range(1, n)]
+        if from_ranks[rank].data_ptr() != to_ranks[rank].data_ptr():
+            from_ranks[rank].copy_(to_ranks[rank])
 
-    def _copy_alone(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        def wait() -> None:
+            for work in works:
+                assert work is not None
+                work.wait()
+            if is_staged:
+                received.copy_(host_received)
+
+        return wait
+
+    def _copy_alone(self, received: torch.Tensor, sent: torch.Tensor) -> Wait:
         if self.world_size > 1:
             raise RuntimeError("the group was closed")
         received.copy_(sent)
+        return _on_this_stream
+
+
+def _on_this_stream() -> None:
+    """Nothing to wait for: on a GPU what follows on the stream comes after, elsewhere the message is there."""
 
 
 def _parts(message: torch.Tensor, group: Group) -> list[torch.Tensor]:
@@ -140,9 +163,9 @@ def _is_staged(process_group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
 
 
 class Scratch:
-    """Memory that procedures share and keep: it grows to the largest bucket and is kept until `clear`.
+    """Memory that procedures keep: it grows to what was asked for and stays until `clear`.
 
-    One procedure at a time may use it: the communicator's thread or stream sees to that.
+    One procedure at a time may use it, on a GPU one stream; what is started is not over.
     """
 
     def __init__(self) -> None:
@@ -160,8 +183,11 @@ class Scratch:
         """`numel` elements of `dtype`, with whatever they held."""
         return self.bytes(name, numel * dtype.itemsize, device).view(dtype)
 
-    def clear(self) -> None:
-        """Gives everything back; the next use allocates anew."""
+    def clear(self, streams: Iterable[torch.cuda.Stream] = ()) -> None:
+        """Gives everything back; the next use allocates anew. On a GPU, what runs in `streams` may end before."""
+        for memory in self._memory.values():
+            for stream in streams:
+                memory.record_stream(stream)
         self._memory.clear()
 
     @property
@@ -205,18 +231,28 @@ class TwoShotPlan:
     parts are what every backend does best.
 
     Attributes:
-        everything: all pieces of the tensor; rank k's lie from k * stride_bytes on.
-        own: this rank's pieces, as one message from 0 on.
+        everything: all pieces of the tensor; rank k's lie from k * stride_bytes on, or all in one message if `is_whole`.
+        own: the pieces this rank sums, as one message from 0 on.
         stride_bytes: bytes of a message.
+        is_whole: whether every rank sums all pieces.
     """
 
     everything: codecs.Plan
     own: codecs.Plan
     stride_bytes: int
+    is_whole: bool
 
     @classmethod
-    def build(cls, codec: str, dtype: torch.dtype, pieces: Sequence[Piece], world_size: int, rank: int) -> TwoShotPlan:
-        """Plans messages from pieces; each rank's pieces stand in its message in the order given."""
+    def build(
+        cls, codec: str, dtype: torch.dtype, pieces: Sequence[Piece], world_size: int, rank: int, *, scatter: bool = False
+    ) -> TwoShotPlan:
+        """Plans messages from pieces; each rank's pieces stand in its message in the order given.
+
+        Up to two ranks, each sums all pieces, unless `scatter` asks for shares.
+        """
+        if world_size <= 2 and not scatter:
+            whole = codecs.Plan(codec, dtype, [piece.tensor_offset for piece in pieces], [piece.numel for piece in pieces])
+            return cls(whole, whole, whole.wire_bytes, is_whole=True)
         by_owner = [[piece for piece in pieces if piece.owner == owner] for owner in range(world_size)]
         messages = [codecs.Plan(codec, dtype, [p.tensor_offset for p in part], [p.numel for p in part]) for part in by_owner]
         stride_bytes = max(message.wire_bytes for message in messages)
@@ -227,7 +263,7 @@ class TwoShotPlan:
             [piece.numel for part in by_owner for piece in part],
             [k * stride_bytes + offset for k, message in enumerate(messages) for offset in message.wire_offsets],
         )
-        return cls(everything, messages[rank], stride_bytes)
+        return cls(everything, messages[rank], stride_bytes, is_whole=False)
 
 
 def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float) -> None:
@@ -239,55 +275,76 @@ def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group,
     4. all_gather: every rank receives the codes of all means.
     5. Decode them, the own ones too, so that all ranks end bit-identical.
 
-    Bytes sent by each rank: 2 (n-1) messages of about 1/n of the tensor's code; messages: 2. `compressed_reduce_scatter` is
-    steps 1 to 3, `compressed_all_gather` 4 and 5; run in two lanes, one tensor's second half overlaps the next one's first.
+    Bytes sent by each rank: 2 (n-1) messages of about 1/n of the tensor's code; messages: 2.
+
+    Two ranks would send half of the code twice; they send all of it once, in step 2, and both sum all blocks. The bits and the
+    bytes are the same, and there is one message less to wait for.
 
     Args:
         tensor: one-dimensional, of the plan's dtype; overwritten. Elements outside the plan keep their value.
         plan: the same layout on all ranks.
         group: the ranks.
-        scratch: reused; nothing is allocated once it has grown.
+        scratch: reused, twice the code; nothing is allocated once it has grown.
         divisor: the number of ranks for a mean, 1 for a sum.
     """
-    mean = scratch.bytes("mean", plan.stride_bytes, tensor.device)
-    compressed_reduce_scatter(tensor, plan, mean, group, scratch, divisor=divisor)
-    compressed_all_gather(mean, plan, tensor, group, scratch)
+    for step in compressed_all_reduce_steps(tensor, plan, group, group, scratch, divisor=divisor):
+        step()
 
 
-def compressed_reduce_scatter(
-    tensor: torch.Tensor, plan: TwoShotPlan, mean: torch.Tensor, group: Group, scratch: Scratch, *, divisor: float
-) -> None:
-    """Steps 1 to 3 of `compressed_all_reduce`: `mean` becomes the code of this rank's blocks' mean. Collective.
+def compressed_all_reduce_steps(
+    tensor: torch.Tensor, plan: TwoShotPlan, first: Group, second: Group, scratch: Scratch, *, divisor: float
+) -> list[Callable[[], None]]:
+    """`compressed_all_reduce` cut where it would wait, to be run one after the other.
+
+    Each starts a message and the next one waits for it, so several tensors can be under way, each with its own scratch, if
+    the same step of all of them runs in one order on all ranks. Two ranks need two steps, more need three.
 
     Args:
-        tensor: read only.
+        tensor: overwritten by the last one.
         plan: the same layout on all ranks.
-        mean: `plan.stride_bytes` bytes, overwritten.
-        group: the ranks.
-        scratch: reused.
+        first: carries the messages of step 2.
+        second: the same ranks; carries those of step 4.
+        scratch: of this tensor, until the last one is done.
         divisor: the number of ranks for a mean, 1 for a sum.
     """
-    n, stride_bytes = group.world_size, plan.stride_bytes
-    sent = scratch.bytes("sent", n * stride_bytes, tensor.device)
+    n, rank, stride_bytes = first.world_size, first.rank, plan.stride_bytes
+    waits: list[Wait] = []
     received = scratch.bytes("received", n * stride_bytes, tensor.device)
-    codecs.encode(plan.everything, tensor, sent)  # (1)
-    group.all_to_all(received, sent, scratch)  # (2)
-    codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=stride_bytes, divisor=divisor)  # (3)
 
+    def sum_up(mean: torch.Tensor) -> None:
+        codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=stride_bytes, divisor=divisor)
 
-def compressed_all_gather(mean: torch.Tensor, plan: TwoShotPlan, tensor: torch.Tensor, group: Group, scratch: Scratch) -> None:
-    """Steps 4 and 5 of `compressed_all_reduce`: `tensor` becomes the means of all ranks' blocks. Collective.
+    if plan.is_whole:
+        own = received[rank * stride_bytes :][:stride_bytes]
 
-    Args:
-        mean: what `compressed_reduce_scatter` left; read only.
-        plan: the same layout on all ranks.
-        tensor: overwritten.
-        group: the ranks.
-        scratch: reused.
-    """
-    gathered = scratch.bytes("gathered", group.world_size * plan.stride_bytes, tensor.device)
-    group.all_gather(gathered, mean, scratch)  # (4)
-    codecs.decode(plan.everything, gathered, tensor)  # (5)
+        def encode_whole() -> None:
+            codecs.encode(plan.everything, tensor, own)  # (1)
+            waits.append(first.all_gather(received, own, scratch))  # (2)
+
+        def sum_whole() -> None:
+            waits.pop()()
+            sum_up(own)  # (3)
+            codecs.decode(plan.everything, own, tensor)  # (5)
+
+        return [encode_whole, sum_whole]
+
+    sent = scratch.bytes("sent", n * stride_bytes, tensor.device)
+
+    def encode() -> None:
+        codecs.encode(plan.everything, tensor, sent)  # (1)
+        waits.append(first.all_to_all(received, sent, scratch))  # (2)
+
+    def sum_own() -> None:
+        waits.pop()()
+        mean = sent[rank * stride_bytes :][:stride_bytes]  # all has been sent from there
+        sum_up(mean)  # (3)
+        waits.append(second.all_gather(sent, mean, scratch))  # (4)
+
+    def decode() -> None:
+        waits.pop()()
+        codecs.decode(plan.everything, sent, tensor)  # (5)
+
+    return [encode, sum_own, decode]
 
 
 @dataclass(frozen=True)
@@ -334,71 +391,84 @@ class HierarchicalPlan:
         # Nothing is quantised where nothing leaves the node.
         between_codec = codec if peers.world_size > 1 else "none"
         return cls(
-            inside=TwoShotPlan.build("none", dtype, pieces_of(layout, places), node.world_size, node.rank),
+            inside=TwoShotPlan.build("none", dtype, pieces_of(layout, places), node.world_size, node.rank, scatter=True),
             share=codecs.Plan("none", dtype, starts, numels),
             share_numel=share_numel,
             between=TwoShotPlan.build(between_codec, value_dtype, inner_pieces, peers.world_size, peers.rank),
         )
 
 
-def hierarchical_reduce_scatter(
-    tensor: torch.Tensor,
-    plan: HierarchicalPlan,
-    mean: torch.Tensor,
-    node: Group,
-    peers: Group,
-    scratch: Scratch,
-    *,
-    divisor: float,
+def hierarchical_all_reduce(
+    tensor: torch.Tensor, plan: HierarchicalPlan, node: Group, peers: Group, scratch: Scratch, *, divisor: float
 ) -> None:
-    """First half of a hierarchical all_reduce; only what leaves a node is compressed. Collective.
+    """Replaces `tensor` by its sum over all ranks divided by `divisor`; only what leaves a node is compressed. Collective.
 
     1. all_to_all inside the node, uncompressed: every rank receives the node's values of its share.
     2. Sum the share in order of local ranks, in float32 (float64 for float64).
-    3. compressed_reduce_scatter of the share among the ranks of equal local rank, one a node.
+    3. compressed_all_reduce of the share among the ranks of equal local rank, one a node.
+    4. all_gather inside the node, in the tensor's dtype.
 
     Args:
-        tensor: one-dimensional, of the plan's dtype; read only.
+        tensor: one-dimensional, of the plan's dtype; overwritten.
         plan: from the same layout on all ranks.
-        mean: `plan.between.stride_bytes` bytes, overwritten.
         node: ranks of this node.
         peers: ranks of equal local rank, in the order of nodes.
         scratch: reused.
         divisor: the number of all ranks for a mean, 1 for a sum.
     """
-    device, stride_bytes = tensor.device, plan.inside.stride_bytes
-    sent = scratch.bytes("node sent", node.world_size * stride_bytes, device)
-    received = scratch.bytes("node received", node.world_size * stride_bytes, device)
-    share = scratch.values("share", plan.share_numel, plan.share.value_dtype, device)
-    codecs.encode(plan.inside.everything, tensor, sent)
-    node.all_to_all(received, sent, scratch)  # (1)
-    share.zero_()
-    for k in range(node.world_size):
-        codecs.decode_accumulate(plan.share, received[k * stride_bytes :], share)  # (2)
-    compressed_reduce_scatter(share, plan.between, mean, peers, scratch, divisor=divisor)  # (3)
+    scratches = Scratch(), scratch, scratch
+    for step in hierarchical_all_reduce_steps(tensor, plan, node, peers, node, *scratches, divisor=divisor):
+        step()
 
 
-def hierarchical_all_gather(
-    mean: torch.Tensor, plan: HierarchicalPlan, tensor: torch.Tensor, node: Group, peers: Group, scratch: Scratch
-) -> None:
-    """Second half: `tensor` becomes the mean over all ranks. Collective.
-
-    4. compressed_all_gather of the share among the ranks of equal local rank.
-    5. all_gather inside the node, in the tensor's dtype.
+def hierarchical_all_reduce_steps(
+    tensor: torch.Tensor,
+    plan: HierarchicalPlan,
+    node: Group,
+    peers: Group,
+    second_node: Group,
+    kept: Scratch,
+    first: Scratch,
+    second: Scratch,
+    *,
+    divisor: float,
+) -> list[Callable[[], None]]:
+    """`hierarchical_all_reduce` cut in two, so that gathering one tensor overlaps the next one's sums.
 
     Args:
-        mean: what `hierarchical_reduce_scatter` left; read only.
+        tensor: overwritten by the second one.
         plan: from the same layout on all ranks.
-        tensor: overwritten.
-        node: ranks of this node.
+        node: ranks of this node; carries the messages of step 1.
         peers: ranks of equal local rank, in the order of nodes.
-        scratch: reused.
+        second_node: the ranks of `node`; carries the messages of step 4.
+        kept: of this tensor: its share and the share's code.
+        first: for the first step alone, of several tensors in turn.
+        second: for the second.
+        divisor: the number of all ranks for a mean, 1 for a sum.
     """
-    device, inside = tensor.device, plan.inside
-    share = scratch.values("share", plan.share_numel, plan.share.value_dtype, device)
-    compressed_all_gather(mean, plan.between, share, peers, scratch)  # (4)
-    rounded = scratch.values("rounded share", plan.share_numel, tensor.dtype, device)
-    rounded.copy_(share)
-    message = scratch.bytes("node message", inside.stride_bytes, device)
-    codecs.encode(plan.share, rounded, message)
-    compressed_all_gather(message, inside, tensor, node, scratch)  # (5)
+    device, inside, stride_bytes = tensor.device, plan.inside, plan.inside.stride_bytes
+    share = kept.values("share", plan.share_numel, plan.share.value_dtype, device)
+    *before, last = compressed_all_reduce_steps(share, plan.between, peers, peers, kept, divisor=divisor)
+
+    def sum_up() -> None:
+        sent = first.bytes("node sent", node.world_size * stride_bytes, device)
+        received = first.bytes("node received", node.world_size * stride_bytes, device)
+        codecs.encode(inside.everything, tensor, sent)
+        node.all_to_all(received, sent, first)()  # (1)
+        share.zero_()
+        for k in range(node.world_size):
+            codecs.decode_accumulate(plan.share, received[k * stride_bytes :], share)  # (2)
+        for step in before:  # (3)
+            step()
+
+    def gather() -> None:
+        last()
+        rounded = second.values("rounded share", plan.share_numel, tensor.dtype, device)
+        rounded.copy_(share)
+        gathered = second.bytes("node gathered", second_node.world_size * stride_bytes, device)
+        message = gathered[second_node.rank * stride_bytes :][:stride_bytes]
+        codecs.encode(plan.share, rounded, message)
+        second_node.all_gather(gathered, message, second)()  # (4)
+        codecs.decode(inside.everything, gathered, tensor)
+
+    return [sum_up, gather]

@@ -21,6 +21,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -68,15 +70,13 @@ class Lane:
     Work in one lane runs in the order it was submitted; two lanes run side by side.
 
     Attributes:
-        group: all ranks.
+        groups: those it was opened with, by name.
         scratch: for the procedures run in this lane.
     """
 
-    def __init__(self, name: str, group: Group, node: Group | None, peers: Group | None, device: torch.device) -> None:
-        self.group = group
+    def __init__(self, name: str, groups: dict[str, Group], device: torch.device) -> None:
+        self.groups = groups
         self.scratch = Scratch()
-        self._node = node
-        self._peers = peers
         self._device = device
         self._name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -87,21 +87,19 @@ class Lane:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
+    def group(self) -> Group:
+        """All ranks."""
+        return self.groups["all"]
+
+    @property
     def node(self) -> Group:
         """Ranks on this node."""
-        assert self._node is not None, "this lane was opened without groups of nodes"
-        return self._node
+        return self.groups["node"]
 
     @property
     def peers(self) -> Group:
         """Ranks of equal local rank, one a node."""
-        assert self._peers is not None, "this lane was opened without groups of nodes"
-        return self._peers
-
-    @property
-    def groups(self) -> list[Group]:
-        """Those it has."""
-        return [group for group in (self.group, self._node, self._peers) if group is not None]
+        return self.groups["peers"]
 
     def enqueue(self, run: Callable[[], None]) -> None:
         """Lets the lane's thread run it, after what was enqueued before."""
@@ -125,6 +123,8 @@ class Lane:
         while (run := self._queue.get()) is not None:
             run()
 
+
+LaneGroups = Literal["all", "nodes", "none"]
 
 Stage = tuple[Lane, Callable[[], None]]
 """A procedure, and the lane it runs in."""
@@ -189,13 +189,16 @@ class Communicator:
         _at_exit.add(self)
         self._abandoning: threading.Thread | None = None
 
-    def open_lane(self, *, with_nodes: bool = False) -> Lane:
-        """Makes a lane, with the groups `node` and `peers` too if asked for. Collective."""
-        nodes = self.topology.nodes
-        everybody = self._new_group([tuple(range(self.world_size))])
-        node = self._new_group(nodes) if with_nodes else None
-        peers = self._new_group(list(zip(*nodes, strict=True))) if with_nodes else None
-        lane = Lane(f"{self._name} {len(self._lanes)}", everybody, node, peers, self._device)
+    def open_lane(self, groups: LaneGroups) -> Lane:
+        """Makes a lane with a group of all ranks, with groups of this node and of its peers, or with none. Collective."""
+        parts: dict[str, Sequence[tuple[int, ...]]] = {}
+        if groups == "all":
+            parts["all"] = [tuple(range(self.world_size))]
+        elif groups == "nodes":
+            parts["node"] = self.topology.nodes
+            parts["peers"] = list(zip(*self.topology.nodes, strict=True))
+        made = {name: self._new_group(part) for name, part in parts.items()}
+        lane = Lane(f"{self._name} {len(self._lanes)}", made, self._device)
         self._lanes.append(lane)
         return lane
 
@@ -203,24 +206,32 @@ class Communicator:
     def statistics(self) -> Statistics:
         """Counters since the start."""
         return Statistics(
-            sent_bytes=sum(group.sent_bytes for lane in self._lanes for group in lane.groups),
+            sent_bytes=sum(group.sent_bytes for lane in self._lanes for group in lane.groups.values()),
             full_precision_bytes=self._full_precision_bytes,
             communication_seconds=self._communication_seconds,
             exposed_seconds=self._exposed_seconds,
         )
 
-    def submit(self, label: str, tensor: torch.Tensor, *stages: Stage) -> torch.futures.Future[torch.Tensor]:
+    def submit(
+        self, label: str, tensor: torch.Tensor, *stages: Stage, first_waits: bool = True
+    ) -> torch.futures.Future[torch.Tensor]:
         """Runs procedures that overwrite `tensor`, one after the other, in the background; in the same order on all ranks.
 
         Args:
             label: what this is, for messages, such as "bucket 3".
             tensor: what the future delivers; where communication failed, with its local value, and `wait` raises.
-            stages: procedures, each with its lane; they use groups and scratch of that lane only.
+            stages: procedures, each with its lane; they start messages in groups of that lane only.
+            first_waits: whether the first one waits for other ranks. One that does not may run here and now.
         """
         self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
+        is_idle = not self._pending
         if not self._begin(task):
             return task.deliver()
+        if is_idle and not first_waits and tensor.device.type == "cpu":
+            # The network waits for this message, and on busy cores a thread takes milliseconds to wake up beside backward.
+            self._run_stage(task, stages, None)
+            return task.future
         ready = torch.cuda.current_stream(self._device).record_event() if tensor.is_cuda else None
         self._run_stages(task, stages, ready)
         return task.future
@@ -341,26 +352,26 @@ class Communicator:
         """Passes a task on to its next stage, or delivers it; on a GPU, `ready` says when the stage before has written."""
         if not stages:
             self._finish(task)
-            return
-        lane, procedure = stages[0]
-
-        def run() -> None:
-            if self._failure is not None:
-                return  # delivered already
-            started = time.perf_counter()
-            try:
-                with _on_stream(lane, task.tensor, ready) as written:
-                    procedure()
-                    self._count_seconds(started)
-                    # Still on the lane's stream: delivering records an event there, for whoever takes the result.
-                    self._run_stages(task, stages[1:], written())
-            except BaseException as error:
-                self._fail(error, task.label)
-
-        if self._uses_threads:
-            lane.enqueue(run)
+        elif self._uses_threads:
+            stages[0][0].enqueue(partial(self._run_stage, task, stages, ready))
         else:
-            run()
+            self._run_stage(task, stages, ready)
+
+    def _run_stage(self, task: _Task, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
+        lane, procedure = stages[0]
+        if self._failure is not None:
+            return  # delivered already
+        started = time.perf_counter()
+        try:
+            with _on_stream(lane, task.tensor, ready) as written:
+                procedure()
+                self._count_seconds(started)
+                # Still on the lane's stream: delivering records an event there, for whoever takes the result.
+                self._run_stages(task, stages[1:], written())
+        except BaseException as error:
+            self._fail(error, task.label)
+            if not isinstance(error, Exception):
+                raise
 
     def _finish(self, task: _Task) -> None:
         """Delivers a task, unless a failure has delivered it before."""
@@ -393,7 +404,7 @@ class Communicator:
 
     def _abort_groups(self) -> None:
         for lane in self._lanes:
-            for group in lane.groups:
+            for group in lane.groups.values():
                 group.abort()
         self._destroy_groups()
 
@@ -401,7 +412,7 @@ class Communicator:
         # Nothing may keep the groups from here on. Connections close with the last reference; and one dropped by a callback,
         # on a thread of the group itself, would wait for that thread.
         for lane in self._lanes:
-            for group in lane.groups:
+            for group in lane.groups.values():
                 group.process_group = None
         while self._owned:
             process_group = self._owned.pop()

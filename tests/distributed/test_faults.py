@@ -270,15 +270,15 @@ def test_a_rank_that_leaves_with_its_own_error_ends_the_others():
 def hang(rank, world_size):
     communicator._GRACE_SECONDS = 1.0
     training = Training(rank, world_size, ByteGrad(), timeout_seconds=2.0)
-    encode, released = codecs.encode, threading.Event()
+    decode, released = codecs.decode, threading.Event()
 
     def stuck(*args):
         released.wait()
-        return encode(*args)
+        return decode(*args)
 
     def inject(step):
         if step == FAULTY_STEP and rank == 1:
-            codecs.encode = stuck
+            codecs.decode = stuck
 
     error, seconds = training.run(inject)
     assert seconds < 2 + 1 + MOMENTS_SECONDS, seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -12,28 +11,29 @@ from lightning_accel.algorithms.base import Context, GradBucket
 from lightning_accel.codecs import DTYPES
 from lightning_accel.collectives import (
     HierarchicalPlan,
+    Scratch,
     TwoShotPlan,
-    compressed_all_gather,
-    compressed_reduce_scatter,
-    hierarchical_all_gather,
-    hierarchical_reduce_scatter,
+    compressed_all_reduce_steps,
+    hierarchical_all_reduce_steps,
     pieces_of,
 )
+from lightning_accel.communicator import LaneGroups
 from lightning_accel.layout import Layout
+
+Steps = list[Callable[[], None]]
 
 
 @dataclass(frozen=True)
-class _Halves:
-    """A bucket's all_reduce in two halves, each to be run in its own lane.
+class _Bucket:
+    """What is known of a bucket with certain parameters.
 
     Attributes:
-        reduce_scatter: takes gradients and divisor, leaves this rank's means in a message of the bucket's own, so that the
-            next bucket may start while this one is gathered.
-        all_gather: takes gradients, overwrites them.
+        plan: its messages.
+        kept: memory for what is under way; buckets overtake one another, so each has its own.
     """
 
-    reduce_scatter: Callable[[torch.Tensor, int], None]
-    all_gather: Callable[[torch.Tensor], None]
+    plan: TwoShotPlan | HierarchicalPlan
+    kept: Scratch
 
 
 class BucketPlans:
@@ -59,12 +59,17 @@ class BucketPlans:
                 raise ValueError(
                     f"gradients must be {', '.join(str(dtype) for dtype in DTYPES)}: parameter {name!r} is {tensor.dtype}"
                 )
-        self._scattering = context.communicator.open_lane(with_nodes=hierarchical)
-        self._gathering = context.communicator.open_lane(with_nodes=hierarchical)
-        lane = self._scattering
-        owners, inner = (lane.node.world_size, lane.peers.world_size) if hierarchical else (lane.group.world_size, 1)
+        topology, world_size = context.communicator.topology, context.communicator.world_size
+        if hierarchical:
+            owners, inner = len(topology.nodes[0]), len(topology.nodes)
+            of_lanes: list[LaneGroups] = ["nodes", "nodes"]
+        else:
+            owners, inner = world_size, 1
+            # A step starts the message that the next one waits for. Two ranks have enough of one message.
+            of_lanes = ["all", "none"] if world_size <= 2 else ["all", "all", "none"]
+        self._lanes = [context.communicator.open_lane(groups) for groups in of_lanes]
         self._layout = Layout([tensor.numel() for tensor in context.parameters.tensors], owners, inner)
-        self._halves: dict[tuple[torch.dtype, tuple[int, ...]], _Halves] = {}
+        self._buckets: dict[tuple[torch.dtype, tuple[int, ...]], _Bucket] = {}
 
     def all_reduce(self, bucket: GradBucket, label: str, divisor: int) -> torch.futures.Future[torch.Tensor]:
         """Submits the bucket's all_reduce; the future delivers the sum divided by `divisor`, in the bucket's own buffer."""
@@ -72,57 +77,39 @@ class BucketPlans:
         if gradients.layout != torch.strided:
             raise TypeError(f"only dense gradients can be coded, got {gradients.layout}: use sparse=False in embeddings")
         parameters = tuple(self._places[id(parameter)] for parameter in bucket.parameters())
-        halves = self._halves.get((gradients.dtype, parameters))
-        if halves is None:
+        known = self._buckets.get((gradients.dtype, parameters))
+        if known is None:
             if bucket.index() == 0:
                 self._forget()
-            plan = self._plan_hierarchical if self._hierarchical else self._plan_flat
-            halves = plan(self._find(parameters), gradients)
-            self._halves[gradients.dtype, parameters] = halves
-        return self._communicator.submit(
-            label,
-            gradients,
-            (self._scattering, partial(halves.reduce_scatter, gradients, divisor)),
-            (self._gathering, partial(halves.all_gather, gradients)),
-        )
+            known = _Bucket(self._plan(self._find(parameters), gradients.dtype), Scratch())
+            self._buckets[gradients.dtype, parameters] = known
+        steps = self._steps(gradients, known, divisor)
+        return self._communicator.submit(label, gradients, *zip(self._lanes, steps, strict=True), first_waits=self._hierarchical)
 
-    def _plan_flat(self, places: list[tuple[int, int]], gradients: torch.Tensor) -> _Halves:
-        first, second = self._scattering, self._gathering
-        pieces = pieces_of(self._layout, places)
-        plan = TwoShotPlan.build(self._codec, gradients.dtype, pieces, first.group.world_size, first.group.rank)
-        mean = self._message(plan.stride_bytes, gradients.device)
-        return _Halves(
-            lambda tensor, divisor: compressed_reduce_scatter(tensor, plan, mean, first.group, first.scratch, divisor=divisor),
-            lambda tensor: compressed_all_gather(mean, plan, tensor, second.group, second.scratch),
-        )
+    def _plan(self, places: list[tuple[int, int]], dtype: torch.dtype) -> TwoShotPlan | HierarchicalPlan:
+        first = self._lanes[0]
+        if self._hierarchical:
+            return HierarchicalPlan.build(self._codec, dtype, self._layout, places, first.node, first.peers)
+        group = first.group
+        return TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank)
 
-    def _plan_hierarchical(self, places: list[tuple[int, int]], gradients: torch.Tensor) -> _Halves:
-        first, second = self._scattering, self._gathering
-        plan = HierarchicalPlan.build(self._codec, gradients.dtype, self._layout, places, first.node, first.peers)
-        mean = self._message(plan.between.stride_bytes, gradients.device)
-        return _Halves(
-            lambda tensor, divisor: hierarchical_reduce_scatter(
-                tensor, plan, mean, first.node, first.peers, first.scratch, divisor=divisor
-            ),
-            lambda tensor: hierarchical_all_gather(mean, plan, tensor, second.node, second.peers, second.scratch),
-        )
-
-    def _message(self, wire_bytes: int, device: torch.device) -> torch.Tensor:
-        """Memory that both lanes use, for as long as the plan lives."""
-        message = torch.empty(wire_bytes, dtype=torch.uint8, device=device)
-        for stream in (self._scattering.stream, self._gathering.stream):
-            if stream is not None:
-                message.record_stream(stream)
-        return message
+    def _steps(self, gradients: torch.Tensor, bucket: _Bucket, divisor: int) -> Steps:
+        plan, first, second = bucket.plan, *self._lanes[:2]
+        if isinstance(plan, TwoShotPlan):
+            groups = first.group, first.group if plan.is_whole else second.group
+            return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor)
+        scratches = bucket.kept, first.scratch, second.scratch
+        return hierarchical_all_reduce_steps(gradients, plan, first.node, first.peers, second.node, *scratches, divisor=divisor)
 
     def _forget(self) -> None:
         """Drops plans and memory of buckets that DDP has rebuilt.
 
         Its first backward has one bucket with everything. Called at a backward's first bucket, when nothing is pending.
         """
-        self._halves.clear()
-        self._scattering.scratch.clear()
-        self._gathering.scratch.clear()
+        streams = [lane.stream for lane in self._lanes if lane.stream is not None]
+        for scratch in [*(bucket.kept for bucket in self._buckets.values()), *(lane.scratch for lane in self._lanes)]:
+            scratch.clear(streams)
+        self._buckets.clear()
 
     def _find(self, parameters: tuple[int, ...]) -> list[tuple[int, int]]:
         """Pairs of a parameter's place in the layout and its first element in the bucket."""

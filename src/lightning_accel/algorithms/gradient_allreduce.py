@@ -51,7 +51,7 @@ class _Flat(BoundAlgorithm):
     def __init__(self, context: Context, options: GradientAllReduce) -> None:
         super().__init__(context)
         self.lets_ddp_divide = options.average
-        self._lane = context.communicator.open_lane()
+        self._lane = context.communicator.open_lane("all")
 
     def all_reduce(self, divided: torch.Tensor, label: str) -> torch.futures.Future[torch.Tensor]:
         return self.communicator.all_reduce(label, divided, self._lane)
