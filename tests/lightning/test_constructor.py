@@ -71,7 +71,7 @@ def test_it_travels_in_a_pickle() -> None:
     assert type(copy) is AccelStrategy
     assert copy.algorithm == ByteGrad(codec="bf16")
     assert (copy._timeout, copy._start_method) == (timedelta(seconds=7), "spawn")
-    assert copy._ddp_kwargs == {"static_graph": True}
+    assert copy._ddp_kwargs == {"static_graph": True, "gradient_as_bucket_view": True}
     assert copy.statistics == made.statistics
 
 

@@ -127,7 +127,7 @@ def test_every_name_resolves_without_an_import(interpreters: Any, root: str) -> 
     autoload that imports the package for everybody who imports torch."""
     facts = interpreters[root]
     assert not facts["package imported"]
-    defaults = {"algorithm": "gradient_allreduce", "start_method": "popen"}
+    defaults = {"algorithm": "gradient_allreduce", "start_method": "popen", "gradient_as_bucket_view": True}
     module = f"lightning_accel.strategy.{root}_root"
     assert facts["names"] == {name: [module, defaults | arguments] for name, arguments in NAMES.items()}
     assert facts["variable"] == "bytegrad"
@@ -218,7 +218,8 @@ def test_cli_takes_the_class_path(cli: Any) -> None:
     assert type(strategy) is AccelStrategy
     assert strategy.algorithm == lightning_accel.GradientAllReduce()
     defaults = inspect.signature(DistributedDataParallel.__init__).parameters
-    assert strategy._ddp_kwargs == {name: defaults[name].default for name in strategy._ddp_kwargs}
+    of_ddp = {name: defaults[name].default for name in strategy._ddp_kwargs}
+    assert strategy._ddp_kwargs == of_ddp | {"gradient_as_bucket_view": True}
 
 
 @pytest.mark.parametrize("codec", ["int8", "bf16"])

@@ -56,8 +56,9 @@ class AccelMixin(_Base):
         process_group_backend: "gloo", "nccl" or another backend of torch.distributed.
         timeout: of each collective; a failed peer is noticed at the latest after it.
         start_method: "popen", "spawn", "fork" or "forkserver".
-        **kwargs: of torch's DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph,
-            gradient_as_bucket_view.
+        gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them, in memory and in time;
+            unlike in DDP on by default. Turn it off for code that calls `detach_()` on gradients.
+        **kwargs: of torch's DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
 
     An option left at None has the algorithm's own default.
 
@@ -82,6 +83,7 @@ class AccelMixin(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        gradient_as_bucket_view: bool = True,
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
@@ -98,6 +100,7 @@ class AccelMixin(_Base):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            gradient_as_bucket_view=gradient_as_bucket_view,
             **kwargs,
         )
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
