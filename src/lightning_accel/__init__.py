@@ -16,13 +16,27 @@ from lightning_accel.algorithms import (
     GradientAllReduce,
     register_algorithm,
 )
+from lightning_accel.checkpoint import load_checkpoint, save_checkpoint
 from lightning_accel.communicator import CommunicationError, Statistics
+from lightning_accel.data_parallel import AccelDataParallel, get_dataloader, unwrap, wrap
+from lightning_accel.process_group import (
+    add_arguments,
+    destroy_process_group,
+    get_local_rank,
+    get_local_world_size,
+    get_logger,
+    get_node_rank,
+    get_rank,
+    get_world_size,
+    init_process_group,
+)
 from lightning_accel.replica import Replica
 
 if TYPE_CHECKING:
     from lightning_accel.strategy.lightning_root import AccelStrategy
 
 __all__ = [
+    "AccelDataParallel",
     "AccelStrategy",
     "Algorithm",
     "BoundAlgorithm",
@@ -32,7 +46,21 @@ __all__ = [
     "GradientAllReduce",
     "Replica",
     "Statistics",
+    "add_arguments",
+    "destroy_process_group",
+    "get_dataloader",
+    "get_local_rank",
+    "get_local_world_size",
+    "get_logger",
+    "get_node_rank",
+    "get_rank",
+    "get_world_size",
+    "init_process_group",
+    "load_checkpoint",
     "register_algorithm",
+    "save_checkpoint",
+    "unwrap",
+    "wrap",
 ]
 
 lightning_accel_autoload.activate()

@@ -78,7 +78,7 @@ class Lane:
         self.groups = groups
         self.scratch = Scratch()
         self._device = device
-        self._name = name
+        self.name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -104,7 +104,7 @@ class Lane:
     def enqueue(self, run: Callable[[], None]) -> None:
         """Lets the lane's thread run it, after what was enqueued before."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"lightning_accel {self._name}", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=f"lightning_accel {self.name}", daemon=True)
             self._thread.start()
         self._queue.put(run)
 
@@ -166,7 +166,7 @@ class Communicator:
     ) -> None:
         parent = process_group if process_group is not None else dist.group.WORLD
         assert parent is not None, "torch.distributed has no default process group"
-        self._name = name
+        self.name = name
         self._parent = parent
         self._device = device
         self._timeout = timeout
@@ -198,7 +198,7 @@ class Communicator:
             parts["node"] = self.topology.nodes
             parts["peers"] = list(zip(*self.topology.nodes, strict=True))
         made = {name: self._new_group(part) for name, part in parts.items()}
-        lane = Lane(f"{self._name} {len(self._lanes)}", made, self._device)
+        lane = Lane(f"{self.name} {len(self._lanes)}", made, self._device)
         self._lanes.append(lane)
         return lane
 
@@ -308,7 +308,7 @@ class Communicator:
             self._fail(RuntimeError("communication was closed before it was done"), task.label)
         ended = [lane.close() for lane in self._lanes]
         if not all(ended):
-            _log.warning("communication of %s did not end within %.0f s; a thread is left", self._name, _GRACE_SECONDS)
+            _log.warning("communication of %s did not end within %.0f s; a thread is left", self.name, _GRACE_SECONDS)
         elif self._abandoning is None:
             self._destroy_groups()
         if self._abandoning is not None:
@@ -386,7 +386,7 @@ class Communicator:
         with self._changed:
             if self._failure is None:
                 self._failure = CommunicationError(
-                    f"{self._name}: {label} failed on rank {self.rank} of {self.world_size}: {type(error).__name__}: {error}. "
+                    f"{self.name}: {label} failed on rank {self.rank} of {self.world_size}: {type(error).__name__}: {error}. "
                     "No rank steps with this gradient. If another rank failed first, its log has the cause; else look for a "
                     "rank that was killed, is stuck, or cannot be reached over the network."
                 )

@@ -1,9 +1,15 @@
-"""Rank, world size and node of this process, from the variables that launchers set. The only reader of os.environ."""
+"""Rank, world size and node of this process, from arguments or a launcher's variables. The only reader of os.environ."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DEFAULT_PORT = 29500
+"""Of the address where ranks meet, as in torchrun."""
 
 
 def node_name() -> str:
@@ -16,3 +22,200 @@ def node_name() -> str:
         if value := os.environ.get(variable):
             return f"{variable}={value}"
     return socket.gethostname()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process stands among all.
+
+    Attributes:
+        launcher: who started it: "arguments", "torchrun", "Open MPI", "MPICH", "SLURM" or "single process".
+        rank: of the process.
+        world_size: number of processes.
+        local_rank: on its node.
+        local_world_size: number of processes on its node.
+        node_rank: of its node.
+        host: where ranks meet: rank 0's name or address.
+        port: of that.
+        sources: for each of the above, the argument or variable it comes from.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    host: str
+    port: int
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        facts = (f"{name}={getattr(self, name)} ({source})" for name, source in self.sources.items())
+        return f"started by {self.launcher}: " + ", ".join(facts)
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """The variables of a launcher. `rank` shows that it started the process; the others must be there then.
+
+    An empty name means that the launcher has no such variable.
+    """
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+    node_rank: str
+
+
+# The innermost first: torchrun and mpirun also run inside of SLURM jobs. SLURM's names are those that srun alone sets: the shell
+# of a job has a rank too, but stands for no task.
+_LAUNCHERS = (
+    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    _Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ""
+    ),
+    _Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ""),
+    _Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
+)
+
+
+def detect(
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_rank: int | None = None,
+    local_world_size: int | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Environment:
+    """Finds out where this process stands: from arguments where they are given, else from its launcher's variables.
+
+    Args:
+        rank: of the process; with it `world_size` is needed, and variables of launchers are not looked at.
+        world_size: number of processes.
+        local_rank: on its node; `rank` unless given.
+        local_world_size: number of processes on its node; `world_size` unless given.
+        host: where ranks meet; else MASTER_ADDR, else what the launcher tells.
+        port: of that; else MASTER_PORT, else 29500.
+        variables: of the environment; None reads os.environ.
+
+    Raises:
+        ValueError: for what is missing, no number, or a contradiction; names the argument or variable.
+    """
+    env = os.environ if variables is None else variables
+    known: dict[str, tuple[int, str]] = {}
+    if rank is not None or world_size is not None:
+        launcher = "arguments"
+        for name, value in (("rank", rank), ("world_size", world_size)):
+            if value is None:
+                raise ValueError(f"rank and world_size belong together: {name} is missing")
+            known[name] = value, "argument"
+        known["local_rank"] = (known["rank"][0], "rank") if local_rank is None else (local_rank, "argument")
+        local = (known["world_size"][0], "world_size") if local_world_size is None else (local_world_size, "argument")
+        known["local_world_size"] = local
+    else:
+        launcher = _read_launcher(env, known)
+    known.setdefault("node_rank", _node_rank_of(known))
+    _check(known)
+
+    sources = {name: source for name, (_, source) in known.items()}
+    is_local = known["local_world_size"][0] == known["world_size"][0]
+    host, sources["host"] = _find_host(host, env, launcher, is_local)
+    port, sources["port"] = _find_port(port, env, launcher)
+    return Environment(launcher, **{name: value for name, (value, _) in known.items()}, host=host, port=port, sources=sources)
+
+
+def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) -> str:
+    for launcher in _LAUNCHERS:
+        is_slurm = launcher.name == "SLURM"
+        if (launcher.world_size if is_slurm else launcher.rank) not in env:
+            continue
+        for name in ("rank", "world_size", "local_rank", "local_world_size", "node_rank"):
+            if variable := getattr(launcher, name):
+                known[name] = _number(env, variable, launcher.name), variable
+        if is_slurm:
+            variable = "SLURM_STEP_TASKS_PER_NODE"
+            counts = _expand_counts(_text(env, variable, launcher.name))
+            known["local_world_size"] = counts[min(known["node_rank"][0], len(counts) - 1)], variable
+        return launcher.name
+    if "WORLD_SIZE" in env and env["WORLD_SIZE"] != "1":
+        raise ValueError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: start with torchrun, or set RANK too")
+    for name, value in (("rank", 0), ("world_size", 1), ("local_rank", 0), ("local_world_size", 1)):
+        known[name] = value, "no launcher's variables"
+    return "single process"
+
+
+def _node_rank_of(known: dict[str, tuple[int, str]]) -> tuple[int, str]:
+    """Where nodes have equally many ranks, in order."""
+    return known["rank"][0] // max(known["local_world_size"][0], 1), "rank"
+
+
+def _check(known: dict[str, tuple[int, str]]) -> None:
+    for index, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
+        (value, source), (limit, limit_source) = known[index], known[count]
+        if not 0 <= value < limit:
+            raise ValueError(f"{index} must be at least 0 and below {count} {limit} ({limit_source}): got {value} ({source})")
+    (local, source), (everywhere, _) = known["local_world_size"], known["world_size"]
+    if local > everywhere:
+        raise ValueError(f"local_world_size must be at most world_size {everywhere}: got {local} ({source})")
+
+
+def _find_host(host: str | None, env: Mapping[str, str], launcher: str, is_local: bool) -> tuple[str, str]:
+    if host is not None:
+        return host, "argument"
+    if value := env.get("MASTER_ADDR"):
+        return value, "MASTER_ADDR"
+    if launcher == "SLURM":
+        return _first_host(_text(env, "SLURM_STEP_NODELIST", launcher)), "SLURM_STEP_NODELIST"
+    if is_local:
+        return "127.0.0.1", "all ranks are on this node"
+    raise ValueError(
+        f"MASTER_ADDR is not set, and {launcher} does not tell where rank 0 is: give host, or set MASTER_ADDR on all ranks"
+    )
+
+
+def _find_port(port: int | None, env: Mapping[str, str], launcher: str) -> tuple[int, str]:
+    if port is not None:
+        return port, "argument"
+    if env.get("MASTER_PORT"):
+        return _number(env, "MASTER_PORT", launcher), "MASTER_PORT"
+    if launcher == "SLURM":
+        # Jobs that share a node need ports of their own.
+        return 15000 + _number(env, "SLURM_JOB_ID", launcher) % 10000, "SLURM_JOB_ID"
+    return DEFAULT_PORT, "default"
+
+
+def _text(env: Mapping[str, str], variable: str, launcher: str) -> str:
+    if not (value := env.get(variable)):
+        raise ValueError(f"{variable} is not set, but other variables of {launcher} are")
+    return value
+
+
+def _number(env: Mapping[str, str], variable: str, launcher: str) -> int:
+    value = _text(env, variable, launcher)
+    if not re.fullmatch(r"-?\d+", value, re.ASCII):
+        raise ValueError(f"{variable} must be a whole number: got {value!r}")
+    return int(value)
+
+
+def _expand_counts(text: str) -> list[int]:
+    """SLURM's way to write one count for each node: "2(x3),1" is 2, 2, 2, 1."""
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
+        if match is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE must be like 2(x3),1: got {text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _first_host(text: str) -> str:
+    """First of SLURM's list of hosts: "gpu[07-09,12],cpu1" begins with gpu07."""
+    match = re.fullmatch(r"([^\[\],]+)(?:\[(\d+)[^\]]*\])?([^\[\],]*)(?:,.*)?", text)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST must be like gpu[07-09],cpu1: got {text!r}")
+    return match[1] + (match[2] or "") + match[3]

@@ -27,7 +27,7 @@ class ByteGrad(Algorithm):
     1/n of a bucket (`minmax_uint8` keeps its formula, by block); and results do not depend on DDP's buckets.
 
     Cost a step for each rank: about 2 (n-1)/n bytes an element, against 8 (n-1)/n for float32; two messages to every other
-    rank a bucket; memory for two coded buckets. On a single process it does nothing.
+    rank a bucket, one if there are two ranks; memory for the gradients' code, twice. On a single process it does nothing.
 
     Fails when: an element is NaN or Inf; then its block is NaN on all ranks, which a gradient scaler sees everywhere alike.
     Elements smaller than 1/254 of the largest in their block become zero.

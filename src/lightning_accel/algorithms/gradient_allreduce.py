@@ -18,8 +18,8 @@ class GradientAllReduce(Algorithm):
 
     g <- 1/n sum_r g_r
 
-    Flat, it is the backend's all_reduce on DDP's buckets, and equals DDP bit for bit. Hierarchical, ranks of a node sum first,
-    and each carries its share between nodes; sums run in rank order, in float32.
+    Flat, it is the backend's all_reduce on DDP's buckets, which DDP divides as it fills them, and equals DDP bit for bit.
+    Hierarchical, ranks of a node sum first, and each carries its share between nodes; sums run in rank order, in float32.
 
     Cost a step for each rank: 2 (n-1)/n times the gradients' bytes; as many all_reduces as buckets; no memory.
 

@@ -1,0 +1,124 @@
+"""Any algorithm in a plain PyTorch loop: `wrap` gives the DDP module, with the algorithm attached."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_accel.algorithms import Algorithm, make_algorithm
+from lightning_accel.communicator import Statistics
+from lightning_accel.replica import Replica
+
+
+class AccelDataParallel(DistributedDataParallel):
+    """torch's DistributedDataParallel with an algorithm attached; made by `wrap`, ended by `unwrap` or a `with` block.
+
+    Attributes:
+        replica: what attaches the algorithm.
+    """
+
+    replica: Replica
+
+    @property
+    def statistics(self) -> Statistics:
+        """What communication cost this rank so far."""
+        return self.replica.statistics
+
+    def __enter__(self) -> AccelDataParallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.replica.close()
+
+
+def wrap(
+    model: nn.Module,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    algorithm: str | Algorithm = "gradient_allreduce",
+    *,
+    timeout: timedelta | None = None,
+    **options: Any,
+) -> AccelDataParallel:
+    """Wraps a model for data-parallel training whose communication is chosen by one word. Collective.
+
+    Training goes on as with DistributedDataParallel: `backward()`, `optimizer.step()`, gradient scalers, schedulers,
+    `no_sync()` for accumulation, `state_dict()`.
+
+    Args:
+        model: on its device; its parameters become rank 0's.
+        optimizers: one or several, over the model's parameters: their steps tell the algorithm where a round ends.
+        algorithm: a name, or an `Algorithm` object.
+        timeout: of the algorithm's collectives; None takes the backend's default.
+        **options: of the algorithm, such as `codec`, and of DistributedDataParallel, such as `bucket_cap_mb`.
+            gradient_as_bucket_view is True unless given.
+
+    Raises:
+        ValueError: for an unknown algorithm or a wrong value of an option.
+        TypeError: for an option that neither of both takes.
+
+    Example:
+        >>> with wrap(model, optimizer, "bytegrad") as model:  # doctest: +SKIP
+        ...     model(batch).sum().backward()
+        ...     optimizer.step()
+    """
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    of_ddp = {name: options.pop(name) for name in list(options) if name in parameters}
+    made = make_algorithm(algorithm, options)
+    if isinstance(optimizers, torch.optim.Optimizer):
+        optimizers = [optimizers]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ddp = AccelDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        **{"gradient_as_bucket_view": True, **of_ddp},
+    )
+    ddp.replica = Replica(ddp, made, list(optimizers), timeout=timeout)
+    return ddp
+
+
+def unwrap(ddp: AccelDataParallel) -> nn.Module:
+    """Ends communication and gives the model back, with equal weights on all ranks. Collective."""
+    ddp.replica.consensus()
+    ddp.replica.close()
+    module: nn.Module = ddp.module
+    return module
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A DistributedSampler that begins a new epoch, with a new order, each time it is iterated."""
+
+    def __iter__(self) -> Iterator[Any]:
+        order = super().__iter__()
+        self.epoch += 1
+        return order
+
+
+def get_dataloader(
+    dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False, seed: int = 0, **options: Any
+) -> DataLoader[Any]:
+    """A DataLoader that gives each rank its own part of a dataset, in a new order each epoch.
+
+    Args:
+        dataset: with a length.
+        shuffle: whether each epoch has an order of its own; `loader.sampler.set_epoch(k)` goes to epoch k, to resume.
+        drop_last: whether the tail that does not fill all ranks' last batches is left out; else samples are repeated.
+        seed: of the order; the same on all ranks.
+        **options: of DataLoader, such as batch_size and num_workers.
+
+    Raises:
+        ValueError: for `sampler` or `batch_sampler`: this function makes the sampler.
+        RuntimeError: without a default process group.
+    """
+    for name in ("sampler", "batch_sampler"):
+        if options.get(name) is not None:
+            raise ValueError(f"get_dataloader makes the sampler: use DataLoader itself with a {name} of your own")
+    sampler = EpochSampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=seed)
+    return DataLoader(dataset, sampler=sampler, drop_last=drop_last, **options)

@@ -1,0 +1,165 @@
+"""Joining the other processes, for programs without Lightning: who am I, how many are we, and what do I say."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Collection
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.constants import default_pg_timeout
+
+from lightning_accel.environment import Environment, detect
+
+if TYPE_CHECKING:
+    import argparse
+
+_log = logging.getLogger(__name__)
+
+
+def init_process_group(
+    backend: str | None = None,
+    seed: int | None = None,
+    timeout: timedelta = default_pg_timeout,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_rank: int | None = None,
+    local_world_size: int | None = None,
+    host: str | None = None,
+    port: int | None = None,
+) -> Environment:
+    """Makes torch.distributed's default group of all processes. Collective.
+
+    Who takes part comes from the arguments, or from the variables of torchrun, Open MPI, MPICH or SLURM; a process that
+    none of them started is alone. On CUDA the process takes the device of its local rank.
+
+    Args:
+        backend: "nccl", "gloo" or another of torch.distributed; None takes nccl where there is a CUDA device, else gloo.
+        seed: of the generators of Python, NumPy (if imported) and torch, the same on all ranks; None leaves them.
+        timeout: of a collective.
+        rank: as in `lightning_accel.environment.detect`, and so the following.
+        world_size: number of processes.
+        local_rank: on its node.
+        local_world_size: number of processes on its node.
+        host: where ranks meet: name or address of rank 0.
+        port: of that.
+
+    Returns:
+        What was found out, and from where; print it when in doubt.
+
+    Raises:
+        ValueError: for missing or contradictory arguments or variables; names them.
+        RuntimeError: if there is a default group already.
+
+    Example:
+        >>> import lightning_accel as accel
+        >>> accel.init_process_group()  # doctest: +SKIP
+    """
+    if dist.is_initialized():
+        raise RuntimeError("torch.distributed has a default process group already; destroy_process_group() ends it")
+    found = detect(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, host=host, port=port
+    )
+    has_cuda = torch.cuda.is_available()
+    backend = backend or ("nccl" if has_cuda else "gloo")
+    if has_cuda and backend != "gloo":
+        if found.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local_rank {found.local_rank} ({found.sources['local_rank']}) needs a CUDA device of its own: "
+                f"there are {torch.cuda.device_count()}; start fewer processes on this node"
+            )
+        torch.cuda.set_device(found.local_rank)
+    if seed is not None:
+        _seed_everything(seed)
+    _log.info("%s", found)
+    if found.launcher == "torchrun":
+        # torchrun's agent may hold the store at that address itself.
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = TCPStore(found.host, found.port, found.world_size, is_master=found.rank == 0, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    return found
+
+
+def destroy_process_group() -> None:
+    """Ends the default group and all others; nothing if there is none. Unwrap models before."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_rank() -> int:
+    """This process's rank, 0 to `get_world_size() - 1`; known before `init_process_group` too."""
+    return dist.get_rank() if dist.is_initialized() else detect().rank
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else detect().world_size
+
+
+def get_local_rank() -> int:
+    """This process's rank among those on its node, as its launcher says."""
+    return detect().local_rank
+
+
+def get_local_world_size() -> int:
+    """Number of processes on this node, as the launcher says."""
+    return detect().local_world_size
+
+
+def get_node_rank() -> int:
+    """This node's rank, as the launcher says."""
+    return detect().node_rank
+
+
+def get_logger(name: str = "lightning_accel", ranks: Collection[int] | None = (0,)) -> logging.Logger:
+    """A logger that prints on some ranks only, each line with its rank. Warnings and errors are printed everywhere.
+
+    Args:
+        name: of the logger; each name is set up once.
+        ranks: that print; None means all.
+    """
+    logger = logging.getLogger(name)
+    if not any(isinstance(item, _ForRanks) for item in logger.filters):
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("[rank %(rank)s] %(message)s"))
+        logger.addHandler(handler)
+        logger.addFilter(_ForRanks(ranks))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --backend, --rank, --world-size, --host and --port, for `init_process_group(**vars(arguments))`."""
+    group = parser.add_argument_group("processes", "default: from torchrun, Open MPI, MPICH or SLURM, else one process")
+    group.add_argument("--backend", help="of torch.distributed (default: nccl with a CUDA device, else gloo)")
+    group.add_argument("--rank", type=int, help="of this process; needs --world-size")
+    group.add_argument("--world-size", type=int, help="number of processes; needs --rank")
+    group.add_argument("--host", help="name or address of rank 0 (default: MASTER_ADDR, or what the launcher tells)")
+    group.add_argument("--port", type=int, help="where ranks meet (default: MASTER_PORT, else 29500)")
+
+
+class _ForRanks(logging.Filter):
+    """Adds the rank to records, and lets those of some ranks pass."""
+
+    def __init__(self, ranks: Collection[int] | None) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        rank = record.__dict__["rank"] = get_rank()
+        return self._ranks is None or rank in self._ranks or record.levelno >= logging.WARNING
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

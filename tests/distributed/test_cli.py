@@ -1,0 +1,98 @@
+"""The command `lightning-accel`, as users call it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+for _name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    ENVIRONMENT.pop(_name, None)
+
+SCRIPT = """
+import os, signal, sys
+rank = os.environ["RANK"]
+names = ("WORLD_SIZE", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
+print(rank, *(os.environ.get(name) for name in names), sys.argv[1:], flush=True)
+if sys.argv[1] == "exit" and rank == "1":
+    sys.exit(7)
+if sys.argv[1] == "kill" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def command(*words, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_accel.cli", *words],
+        env={**ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def run(tmp_path, *words):
+    script = tmp_path / "a script.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    options = ("--nproc-per-node", "2", "--master-port", port, "--interface", "lo", "--omp-threads", "3")
+    return command("run", *options, str(script), *words)
+
+
+def test_run_starts_ranks_with_the_arguments_and_the_network(tmp_path):
+    """Catches words that a shell takes apart, and tuning that does not reach the processes."""
+    words = ["ok", "--interface", "mine", "two words", "$(id)", "a;b", "'\"", "line\nbreak", "ü"]
+    done = run(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{rank} 2 lo 3 {words!r}" for rank in range(2)]
+    for line in ("NCCL_SOCKET_IFNAME=lo", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=3"):
+        assert f"lightning-accel run: {line}\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [("exit", 7, "with exit code 7"), ("kill", 128 + signal.SIGKILL, f"with signal {signal.SIGKILL:d}")],
+)
+def test_run_returns_the_code_of_the_rank_that_failed_first(tmp_path, how, code, message):
+    """Catches a failure that looks like success, or like the launcher's own."""
+    done = run(tmp_path, how)
+    assert done.returncode == code, done.stderr
+    assert f"lightning-accel run: rank 1 failed first, {message}" in done.stderr
+
+
+def test_env_says_who_this_process_is():
+    """Catches a command that needs what it is to find out."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    done = command("env", **variables)
+    assert (done.returncode, done.stdout[:47]) == (0, "started by torchrun: rank=1 (RANK), world_size=")
+    done = command("env", **variables | {"RANK": "2"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("lightning-accel env: rank must be")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--help"], 0, "Exit codes"),
+        (["run", "--help"], 0, "--nccl-socket-threads"),
+        (["env", "--help"], 0, "usage: lightning-accel env"),
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["runn"], 2, "invalid choice: 'runn'"),
+        (["run"], 2, "training_script"),
+        (["run", "--omp-threads", "0", "x.py"], 2, "must be at least 1: got 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_usage(words, code, text):
+    """Catches a traceback where one line would do."""
+    done = command(*words)
+    assert done.returncode == code
+    assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,220 @@
+"""The plain PyTorch API, in processes of their own, as users start them."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_accel as accel
+from helpers.ranks import own_threads, run_ranks
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(*arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    return subprocess.run(
+        [str(word) for word in (*command, *arguments)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_the_example_learns_and_goes_on_after_a_stop(tmp_path):
+    """Catches a resumed run that differs from an undisturbed one: weights, optimizer, order of images, state."""
+    whole = torchrun(EXAMPLE, "--epochs", 12, "--checkpoint", tmp_path / "whole.pt")
+    assert whole.returncode == 0, whole.stderr
+    assert "[rank 0] test accuracy 9" in whole.stdout
+    assert "[rank 1]" not in whole.stdout
+    for epochs in (5, 12):
+        part = torchrun(EXAMPLE, "--epochs", epochs, "--checkpoint", tmp_path / "parts.pt")
+        assert part.returncode == 0, part.stderr
+    assert "going on after epoch 5" in part.stdout
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+    assert one["replica"] == other["replica"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
+
+
+def test_arguments_do_without_a_launcher(tmp_path):
+    """Catches a store that only torchrun's variables can find."""
+    command = [sys.executable, str(EXAMPLE), "--epochs", "1", "--world-size", "2", "--port", str(free_port())]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--rank", str(rank)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        results = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    for rank, (_, errors) in zip(ranks, results, strict=True):
+        assert rank.returncode == 0, errors
+    assert "test accuracy" in results[0][0]
+
+
+def test_one_process_needs_nothing():
+    """Catches a script that only runs under a launcher."""
+    alone = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--epochs", "1", "--port", str(free_port())],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert "each rank sent 0.0 MB" in alone.stdout
+
+
+def data_of(rank):
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+
+
+def wrap_models(rank, world_size):
+    torch.manual_seed(rank)  # DDP makes the weights equal
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with accel.wrap(model, optimizer, "bytegrad", codec="none", bucket_cap_mb=1) as ddp:
+        assert isinstance(ddp, nn.parallel.DistributedDataParallel)
+        assert ddp.module is model
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with ddp.no_sync():
+            ddp(data_of(rank)).sum().backward()
+        ddp(data_of(rank + 10)).sum().backward()
+        optimizer.step()
+        assert ddp.replica.rounds == 1
+        assert ddp.statistics.sent_bytes > 0
+    assert not own_threads()
+    mean = sum((data_of(r).sum(0) + data_of(r + 10).sum(0)) for r in range(world_size)) / world_size
+    torch.testing.assert_close(model.weight, before[0] - 0.5 * mean.expand(2, 3))
+
+    ddp = accel.wrap(model, [optimizer])
+    assert ddp.replica.communicator.name == "gradient_allreduce"
+    assert accel.unwrap(ddp) is model
+    assert not own_threads()
+    for options, error, message in (
+        ({"algorithm": "bytegrda"}, ValueError, "did you mean 'bytegrad'"),
+        ({"algorithm": "bytegrad", "codek": "int8"}, TypeError, "did you mean 'codec'"),
+        ({"algorithm": "bytegrad", "codec": "int9"}, ValueError, "codec must be one of"),
+    ):
+        with pytest.raises(error, match=message):
+            accel.wrap(model, optimizer, **options)
+    return True
+
+
+def test_wrap_trains_and_unwrap_gives_the_model_back():
+    """Catches accumulation that is not averaged, options that reach the wrong one of two, and threads that are left."""
+    assert run_ranks(wrap_models, 2) == [True] * 2
+
+
+def save_models(rank, world_size, folder):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    with accel.wrap(model, optimizer, "bytegrad") as ddp:
+        ddp(data_of(rank)).sum().backward()
+        optimizer.step()
+        path = Path(folder, "new", "a.pt")
+        accel.save_checkpoint(path, ddp, optimizer, note="mine")
+        saved = path.read_bytes()  # complete on every rank
+        with pytest.raises(RuntimeError, match=r"rank 0 could not write .*b.pt"):
+            accel.save_checkpoint(Path(folder, "new", "a.pt", "b.pt"), ddp, optimizer)
+        with pytest.raises(RuntimeError, match=r"rank 0 could not write .*a.pt"):
+            accel.save_checkpoint(path, ddp, optimizer, note=lambda: None)
+        assert path.read_bytes() == saved, "a failed save must leave the old file"
+        assert list(path.parent.iterdir()) == [path]
+        with torch.no_grad():
+            model.weight.zero_()
+        assert accel.load_checkpoint(path, ddp, optimizer) == {"note": "mine"}
+        assert model.weight.abs().min() > 0
+        assert ddp.replica.rounds == 1
+        with pytest.raises(ValueError, match="holds 1 optimizers, 0 were given"):
+            accel.load_checkpoint(path, ddp)
+        torn = Path(folder, f"torn{rank}.pt")
+        torn.write_bytes(saved[: len(saved) // 2])
+        with pytest.raises(ValueError, match=r"torn\d.pt is torn"):
+            accel.load_checkpoint(torn, ddp, optimizer)
+        torch.save({"model": {}}, torn)
+        with pytest.raises(ValueError, match="was not written by save_checkpoint"):
+            accel.load_checkpoint(torn, ddp, optimizer)
+        with pytest.raises(FileNotFoundError):
+            accel.load_checkpoint(Path(folder, "none.pt"), ddp, optimizer)
+    return True
+
+
+def test_checkpoints_are_complete_or_not_there(tmp_path):
+    """Catches a file that is written in place, a rank that waits for one that failed, and an error that names no file."""
+    assert run_ranks(save_models, 2, str(tmp_path)) == [True] * 2
+
+
+def load_data(rank, world_size):
+    loader = accel.get_dataloader(list(range(10)), batch_size=5, shuffle=True)
+    orders = [torch.cat(list(loader)).tolist() for _ in range(3)]
+    loader.sampler.set_epoch(1)
+    assert torch.cat(list(loader)).tolist() == orders[1]
+    with pytest.raises(ValueError, match="makes the sampler"):
+        accel.get_dataloader([1], sampler=[0])
+    logger = accel.get_logger("said")
+    assert accel.get_logger("said") is logger
+    assert len(logger.handlers) == 1
+    record = logging.makeLogRecord({"levelno": logging.INFO})
+    assert bool(logger.filter(record)) == (rank == 0)
+    record.levelno = logging.ERROR
+    assert logger.filter(record)
+    return orders
+
+
+def test_each_rank_has_its_part_in_a_new_order_each_epoch():
+    """Catches a sampler whose epoch nobody sets: every epoch would have one order."""
+    one, other = run_ranks(load_data, 2)
+    for mine, theirs in zip(one, other, strict=True):
+        assert sorted(mine + theirs) == list(range(10))
+    assert one[0] != one[1] != one[2]
+
+
+JOIN_TWICE = """
+import sys
+import lightning_accel as accel
+accel.init_process_group(rank=int(sys.argv[1]), world_size=2, port=int(sys.argv[2]))
+assert (accel.get_rank(), accel.get_world_size()) == (int(sys.argv[1]), 2)
+try:
+    accel.init_process_group()
+except RuntimeError as error:
+    assert "default process group already" in str(error)
+accel.destroy_process_group()
+accel.destroy_process_group()
+"""
+
+
+def test_joining_twice_is_refused_and_leaving_twice_is_not():
+    """Catches a second default group that hangs, and an end that raises."""
+    port = str(free_port())
+    ranks = [subprocess.Popen([sys.executable, "-c", JOIN_TWICE, str(rank), port], env=ENVIRONMENT) for rank in range(2)]
+    try:
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
