@@ -19,10 +19,12 @@ ALGORITHMS = ("gradient_allreduce", "bytegrad")
 """Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
 
 _ROOTS = {
-    "lightning.pytorch.strategies": "lightning_accel.strategy.lightning_root",
-    "pytorch_lightning.strategies": "lightning_accel.strategy.pytorch_lightning_root",
+    "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_accel.strategy.lightning_root"),
+    "pytorch_lightning.strategies": ("StrategyRegistry", "lightning_accel.strategy.pytorch_lightning_root"),
+    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.lightning_fabric_root"),
+    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_root"),
 }
-"""Modules with a `StrategyRegistry`, and where our class for each is."""
+"""Modules with a registry, its name there, and where our class for each is."""
 
 
 def strategy_names() -> dict[str, dict[str, Any]]:
@@ -58,9 +60,9 @@ def register(registry: Any, implementation: str) -> None:
 
 def activate() -> None:
     """Registers in every root that is or will be imported. Idempotent; never raises."""
-    for name, implementation in _ROOTS.items():
-        with contextlib.suppress(Exception):  # `import torch` must not fail for this, nor the other root
-            registry = getattr(sys.modules.get(name), "StrategyRegistry", None)
+    for name, (attribute, implementation) in _ROOTS.items():
+        with contextlib.suppress(Exception):  # `import torch` must not fail for this, nor another root
+            registry = getattr(sys.modules.get(name), attribute, None)
             if registry is not None:
                 register(registry, implementation)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +16,7 @@ import lightning_accel_autoload
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
+from lightning_accel.strategy.arguments import check_arguments, check_device
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
@@ -28,14 +27,6 @@ else:
 _log = logging.getLogger(__name__)
 
 _CHECKPOINT_KEY = "lightning_accel"
-
-_REFUSED = {
-    "ddp_comm_state": "the algorithm is the communication hook",
-    "ddp_comm_hook": "the algorithm is the communication hook; write your own with lightning_accel.register_algorithm",
-    "ddp_comm_wrapper": "the algorithm is the communication hook; choose its codec instead",
-    "model_averaging_period": "averaging belongs to the algorithm",
-}
-"""Arguments of DDPStrategy that would take the algorithm's place, and why each is refused."""
 
 
 class AccelMixin(_Base):
@@ -90,7 +81,7 @@ class AccelMixin(_Base):
         **kwargs: Any,
     ) -> None:
         options = {"codec": codec, "hierarchical": hierarchical, "average": average}
-        _check_ddp_arguments(kwargs, list(options))
+        check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -121,11 +112,7 @@ class AccelMixin(_Base):
 
     def _configure_launcher(self) -> None:
         # The first moment that knows the device, before any process is started.
-        if self.root_device.type == "mps":
-            raise ValueError(
-                "AccelStrategy trains on CPU and CUDA; Apple's MPS has no collective communication. "
-                "Use Trainer(accelerator='cpu'), or Trainer(strategy='auto') for one MPS device."
-            )
+        check_device(self.root_device, "Trainer")
         super()._configure_launcher()
 
     def _register_ddp_hooks(self) -> None:
@@ -254,20 +241,3 @@ class AccelMixin(_Base):
             self._statistics = replica.statistics
             self._final_state = None if self._is_interrupted else replica.state_dict()
             replica.close()
-
-
-def _check_ddp_arguments(arguments: dict[str, Any], options: list[str]) -> None:
-    """Refuses what neither we nor DistributedDataParallel take, before any process is started."""
-    for name, reason in _REFUSED.items():
-        if arguments.pop(name, None) is not None:
-            raise ValueError(f"AccelStrategy does not take {name}: {reason}")
-    others = [name for name in inspect.signature(AccelMixin.__init__).parameters if name not in ("self", "kwargs", *options)]
-    of_ddp = inspect.signature(DistributedDataParallel.__init__).parameters
-    valid = [name for name in of_ddp if name not in ("self", "module", "device_ids")]
-    for name in arguments:
-        if name not in valid:
-            close = difflib.get_close_matches(name, [*options, *others, *valid], n=1)
-            raise TypeError(
-                f"AccelStrategy takes {', '.join(others)}, the options {', '.join(options)}, and DistributedDataParallel's "
-                f"{', '.join(valid)}: got {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-            )

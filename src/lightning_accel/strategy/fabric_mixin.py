@@ -1,0 +1,182 @@
+# mypy: disable-error-code="misc"
+"""All of Fabric's strategy but its base class, so that it serves each Lightning root; it imports none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_accel_autoload
+from lightning_accel.algorithms import Algorithm, make_algorithm
+from lightning_accel.replica import Replica
+from lightning_accel.strategy.arguments import check_arguments, check_device
+
+if TYPE_CHECKING:
+    # Either root's DDPStrategy.
+    _Base = Any
+else:
+    _Base = object
+
+_log = logging.getLogger(__name__)
+
+_CHECKPOINT_KEY = "lightning_accel"
+
+
+class FabricAccelMixin(_Base):
+    """Fabric's data-parallel training whose communication is chosen by one word.
+
+    Each module that `fabric.setup` gets is wrapped in torch's DDP, with the algorithm attached; `fabric.no_backward_sync`
+    accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
+
+    Args:
+        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
+        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
+        average: the mean of gradients (default) or, with False, their sum.
+        accelerator: as in DDPStrategy, and so the following, down to `start_method`.
+        parallel_devices: devices of this node.
+        cluster_environment: ranks and addresses.
+        checkpoint_io: how checkpoints are written.
+        precision: plugin of the precision.
+        process_group_backend: "gloo", "nccl" or another backend of torch.distributed.
+        timeout: of each collective; a failed peer is noticed at the latest after it.
+        start_method: "popen", "spawn", "fork" or "forkserver".
+        gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
+        **kwargs: of torch's DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
+
+    Raises:
+        ValueError: for an unknown algorithm or a wrong value.
+        TypeError: for an unknown option or argument, with the valid ones.
+
+    Example:
+        >>> Fabric(strategy=AccelStrategy(algorithm="bytegrad"), devices=2)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "gradient_allreduce",
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        gradient_as_bucket_view: bool = True,
+        codec: str | None = None,
+        hierarchical: bool | Literal["auto"] | None = None,
+        average: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        check_arguments(FabricAccelMixin, kwargs, list(options))
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            **kwargs,
+        )
+        self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
+        self._replicas: list[tuple[DistributedDataParallel, Replica]] = []
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm's options."""
+        return self._algorithm
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """One for each module that was set up, in that order; they count bytes and seconds (`statistics`)."""
+        return [replica for _, replica in self._replicas]
+
+    def setup_module(self, module: torch.nn.Module) -> DistributedDataParallel:
+        """Wraps the module in DDP and attaches the algorithm. Collective."""
+        ddp: DistributedDataParallel = super().setup_module(module)
+        self._replicas.append((ddp, Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")))
+        return ddp
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> Any:
+        """Steps; the round of the modules whose parameters the optimizer holds ends before."""
+        replicas = list(self._replicas_of(optimizer))
+        closure: Callable[[], Any] | None = kwargs.pop("closure", None)
+
+        def closure_of_round() -> Any:
+            output = closure() if closure is not None else None
+            for replica in replicas:
+                replica.before_step()
+            return output
+
+        if closure is not None:
+            return super().optimizer_step(optimizer, closure=closure_of_round, **kwargs)
+        closure_of_round()
+        return super().optimizer_step(optimizer, **kwargs)
+
+    def consensus(self) -> None:
+        """Makes all ranks' weights equal, for evaluation. Collective. Saving does it by itself."""
+        for replica in self.replicas:
+            replica.consensus()
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Saves one model, equal on all ranks, and adds the algorithm's state; other strategies ignore it."""
+        self.consensus()
+        ours = {
+            "version": 1,
+            "algorithm": self._algorithm.name,
+            "world_size": self.world_size,
+            "replicas": [replica.state_dict() for replica in self.replicas],
+        }
+        super().save_checkpoint(path, {**state, _CHECKPOINT_KEY: ours}, *args, **kwargs)
+
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Takes the algorithm's state out of a checkpoint, if it has one."""
+        rest: dict[str, Any] = super().load_checkpoint(path, state, *args, **kwargs)
+        ours = rest.pop(_CHECKPOINT_KEY, None) if state else None
+        if ours is None:
+            return rest
+        if (ours["algorithm"], len(ours["replicas"])) != (self._algorithm.name, len(self._replicas)):
+            _log.warning(
+                "the checkpoint is of algorithm %r on %d modules, this run uses %r on %d: its state starts anew",
+                ours["algorithm"],
+                len(ours["replicas"]),
+                self._algorithm.name,
+                len(self._replicas),
+            )
+            return rest
+        for replica, restored in zip(self.replicas, ours["replicas"], strict=True):
+            replica.load_state_dict(restored)
+        return rest
+
+    def teardown(self) -> None:
+        """Ends communication, then what DDPStrategy ends; idempotent."""
+        while self._replicas:
+            self._replicas.pop()[1].close()
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers `accel` and its variants in a root's registry."""
+        lightning_accel_autoload.register(strategy_registry, cls.__module__)
+
+    def _configure_launcher(self) -> None:
+        # The first moment that knows the device, before any process is started.
+        check_device(self.root_device, "Fabric")
+        super()._configure_launcher()
+
+    def _replicas_of(self, optimizer: torch.optim.Optimizer) -> Iterator[Replica]:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for ddp, replica in self._replicas:
+            if any(id(parameter) in stepped for parameter in ddp.module.parameters()):
+                yield replica
