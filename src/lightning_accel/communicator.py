@@ -311,7 +311,7 @@ class Communicator:
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self.name, _GRACE_SECONDS)
         elif self._abandoning is None:
             self._destroy_groups()
-        if self._abandoning is not None:
+        if self._abandoning is not None and self._abandoning.is_alive():
             self._abandoning.join(_GRACE_SECONDS)
 
     def _new_group(self, parts: Sequence[tuple[int, ...]]) -> Group:
@@ -396,7 +396,10 @@ class Communicator:
                 # Closing connections makes peers that wait for this rank fail now, and this rank's other lanes. On a thread of
                 # its own: it waits for the backend's threads, and this may be one of them.
                 self._abandoning = threading.Thread(target=self._abort_groups, name="lightning_accel abandon", daemon=True)
-                self._abandoning.start()
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # an interpreter that ends starts no threads; its connections close anyway
+                    self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
         for task in pending:
