@@ -38,6 +38,7 @@ def save_checkpoint(
     error: Exception | None = None
     if dist.get_rank(ddp.process_group) == 0:
         try:
+            _check_extra(extra)
             _write(Path(path), _collect(ddp, optimizers, extra))
         except Exception as raised:
             error = raised
@@ -53,7 +54,7 @@ def load_checkpoint(
     ddp: AccelDataParallel,
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
 ) -> dict[str, Any]:
-    """Takes up what `save_checkpoint` wrote, and returns its `extra`. All ranks call it.
+    """Takes up what `save_checkpoint` wrote, and returns its `extra`. All ranks call it, and all must see the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,6 +98,19 @@ def _collect(
 
 def _listed(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
+def _check_extra(value: object, place: str = "extra") -> None:
+    """Refuses what could be written but not be read with weights_only: a run that resumes would be the first to find out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_extra(key, f"a key of {place}")
+            _check_extra(item, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_extra(item, f"{place}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{place} must be made of tensors, numbers, strings, lists and dicts: it is a {type(value).__name__}")
 
 
 def _write(path: Path, saved: dict[str, Any]) -> None:

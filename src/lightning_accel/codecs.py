@@ -126,7 +126,7 @@ def decode_sum_encode(
         plan: layout of each message; only its codec and sizes matter, not its place in a tensor.
         messages: `count` messages, `stride_bytes` (a multiple of 16) apart; values are summed in their order, in
             `plan.value_dtype`.
-        wire: overwritten with the code of the sum divided by `divisor`.
+        wire: overwritten with the code of the sum divided by `divisor`; may be the place of one of the messages.
         count: number of messages, at least 1.
         stride_bytes: from the start of a message to the start of the next.
         divisor: what the sum is divided by.

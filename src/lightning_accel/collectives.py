@@ -186,7 +186,7 @@ class Scratch:
     def clear(self, streams: Iterable[torch.cuda.Stream] = ()) -> None:
         """Gives everything back; the next use allocates anew. On a GPU, what runs in `streams` may end before."""
         for memory in self._memory.values():
-            for stream in streams:
+            for stream in streams if memory.is_cuda else ():
                 memory.record_stream(stream)
         self._memory.clear()
 

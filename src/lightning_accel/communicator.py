@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ from lightning_accel.collectives import Group, Scratch, backend_of
 from lightning_accel.topology import Topology
 
 _log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
 
 _GRACE_SECONDS = 5.0
 """What a wait allows beyond the group's timeout, so that the backend's own, more telling error comes first."""
@@ -104,24 +107,31 @@ class Lane:
     def enqueue(self, run: Callable[[], None]) -> None:
         """Lets the lane's thread run it, after what was enqueued before."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"lightning_accel {self.name}", daemon=True)
+            arguments = self._queue, self._device
+            self._thread = threading.Thread(target=_work, args=arguments, name=f"lightning_accel {self.name}", daemon=True)
             self._thread.start()
         self._queue.put(run)
+
+    def end(self) -> None:
+        """Lets the thread end after what was enqueued."""
+        self._queue.put(None)
 
     def close(self) -> bool:
         """Ends the thread; False if it did not end within a bound."""
         thread, self._thread = self._thread, None
         if thread is None:
             return True
-        self._queue.put(None)
+        self.end()
         thread.join(_GRACE_SECONDS)
         return not thread.is_alive()
 
-    def _work(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        while (run := self._queue.get()) is not None:
-            run()
+
+def _work(tasks: queue.SimpleQueue[Callable[[], None] | None], device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while (run := tasks.get()) is not None:
+        run()
+        del run  # it holds the communicator, which may be dropped while this waits for the next
 
 
 LaneGroups = Literal["all", "nodes", "none"]
@@ -184,9 +194,13 @@ class Communicator:
         self._changed = threading.Condition()
         self._pending: list[_Task] = []
         self._failure: CommunicationError | None = None
-        if not _at_exit:
-            atexit.register(_close_all)
-        _at_exit.add(self)
+        self._process_id = os.getpid()
+        if self._uses_threads:
+            if not _at_exit:
+                atexit.register(_close_all)
+            _at_exit.add(self)
+        # One that is dropped without being closed leaves no thread.
+        weakref.finalize(self, _end_threads, self._lanes).atexit = False
         self._abandoning: threading.Thread | None = None
 
     def open_lane(self, groups: LaneGroups) -> Lane:
@@ -310,7 +324,10 @@ class Communicator:
         if not all(ended):
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self.name, _GRACE_SECONDS)
         elif self._abandoning is None:
-            self._destroy_groups()
+            # NCCL flushes what is enqueued before it gives a group back, and a peer may never answer.
+            self._abandoning = threading.Thread(target=self._destroy_groups, name="lightning_accel close", daemon=True)
+            with contextlib.suppress(RuntimeError):
+                self._abandoning.start()
         if self._abandoning is not None and self._abandoning.is_alive():
             self._abandoning.join(_GRACE_SECONDS)
 
@@ -332,6 +349,9 @@ class Communicator:
             )
             if part == own:
                 self._owned.append(process_group)
+        if backend_of(self._owned[-1], _CPU) == "gloo":
+            # A rank that closes the group at once would cut off those that still connect.
+            dist.all_reduce(torch.zeros(1), group=self._owned[-1])
         return Group(self._owned[-1])
 
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
@@ -429,7 +449,13 @@ _at_exit: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 def _close_all() -> None:
     for communicator in list(_at_exit):
-        communicator.close()
+        if communicator._process_id == os.getpid():  # a forked process has neither threads nor connections of its own
+            communicator.close()
+
+
+def _end_threads(lanes: list[Lane]) -> None:
+    for lane in lanes:
+        lane.end()
 
 
 def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[list[torch.Tensor]]:

@@ -21,6 +21,8 @@ from lightning_accel.replica import Replica
 class AccelDataParallel(DistributedDataParallel):
     """torch's DistributedDataParallel with an algorithm attached; made by `wrap`, ended by `unwrap` or a `with` block.
 
+    A copy or a pickle of it has no algorithm: it is plain DDP.
+
     Attributes:
         replica: what attaches the algorithm.
     """
@@ -31,6 +33,14 @@ class AccelDataParallel(DistributedDataParallel):
     def statistics(self) -> Statistics:
         """What communication cost this rank so far."""
         return self.replica.statistics
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        replica = state.pop("replica", None)
+        if replica is not None:
+            hooks = state["_forward_pre_hooks"]
+            state["_forward_pre_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in replica.hook_ids)
+        return state
 
     def __enter__(self) -> AccelDataParallel:
         return self
@@ -70,16 +80,13 @@ def wrap(
         ...     optimizer.step()
     """
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    of_ddp = {name: options.pop(name) for name in list(options) if name in parameters}
+    of_ddp = {name: options.pop(name) for name in list(options) if name in parameters and name not in ("self", "module")}
     made = make_algorithm(algorithm, options)
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    ddp = AccelDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        **{"gradient_as_bucket_view": True, **of_ddp},
-    )
+    defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
+    ddp = AccelDataParallel(model, **{**defaults, **of_ddp})
     ddp.replica = Replica(ddp, made, list(optimizers), timeout=timeout)
     return ddp
 

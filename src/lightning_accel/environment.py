@@ -57,12 +57,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """The variables of a launcher. `rank` shows that it started the process; the others must be there then.
+    """The variables of a launcher. `mark` shows that it started the process; the others must be there then.
 
     An empty name means that the launcher has no such variable.
     """
 
     name: str
+    mark: str
     rank: str
     world_size: str
     local_rank: str
@@ -70,15 +71,22 @@ class _Launcher:
     node_rank: str
 
 
-# The innermost first: torchrun and mpirun also run inside of SLURM jobs. SLURM's names are those that srun alone sets: the shell
-# of a job has a rank too, but stands for no task.
+# The innermost first: torchrun and mpirun also run inside of SLURM jobs. MPICH's ranks are marked by a variable of its own, as
+# SLURM may set PMI_RANK too. SLURM's names are those that srun alone sets: the shell of a job has a rank too, but stands for no
+# task.
 _LAUNCHERS = (
-    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    _Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     _Launcher(
-        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ""
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "",
     ),
-    _Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ""),
-    _Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
+    _Launcher("MPICH", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ""),
+    _Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
 )
 
 
@@ -97,8 +105,8 @@ def detect(
     Args:
         rank: of the process; with it `world_size` is needed, and variables of launchers are not looked at.
         world_size: number of processes.
-        local_rank: on its node; `rank` unless given.
-        local_world_size: number of processes on its node; `world_size` unless given.
+        local_rank: on its node; else the launcher's, and with `rank` the same.
+        local_world_size: number of processes on its node; else the launcher's, and with `world_size` the same.
         host: where ranks meet; else MASTER_ADDR, else what the launcher tells.
         port: of that; else MASTER_PORT, else 29500.
         variables: of the environment; None reads os.environ.
@@ -108,15 +116,16 @@ def detect(
     """
     env = os.environ if variables is None else variables
     known: dict[str, tuple[int, str]] = {}
+    local = {"local_rank": local_rank, "local_world_size": local_world_size}
+    known.update({name: (value, "argument") for name, value in local.items() if value is not None})
     if rank is not None or world_size is not None:
         launcher = "arguments"
         for name, value in (("rank", rank), ("world_size", world_size)):
             if value is None:
                 raise ValueError(f"rank and world_size belong together: {name} is missing")
             known[name] = value, "argument"
-        known["local_rank"] = (known["rank"][0], "rank") if local_rank is None else (local_rank, "argument")
-        local = (known["world_size"][0], "world_size") if local_world_size is None else (local_world_size, "argument")
-        known["local_world_size"] = local
+        known.setdefault("local_rank", (known["rank"][0], "rank"))
+        known.setdefault("local_world_size", (known["world_size"][0], "world_size"))
     else:
         launcher = _read_launcher(env, known)
     known.setdefault("node_rank", _node_rank_of(known))
@@ -130,22 +139,28 @@ def detect(
 
 
 def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) -> str:
+    """Adds to `known` what it does not hold yet; returns the launcher's name."""
     for launcher in _LAUNCHERS:
-        is_slurm = launcher.name == "SLURM"
-        if (launcher.world_size if is_slurm else launcher.rank) not in env:
+        if launcher.mark not in env:
             continue
         for name in ("rank", "world_size", "local_rank", "local_world_size", "node_rank"):
-            if variable := getattr(launcher, name):
-                known[name] = _number(env, variable, launcher.name), variable
-        if is_slurm:
+            variable = getattr(launcher, name)
+            if not variable or name in known or (name == "node_rank" and variable not in env):
+                continue
+            known[name] = _number(env, variable, launcher.name), variable
+        if "local_world_size" not in known:
             variable = "SLURM_STEP_TASKS_PER_NODE"
             counts = _expand_counts(_text(env, variable, launcher.name))
-            known["local_world_size"] = counts[min(known["node_rank"][0], len(counts) - 1)], variable
+            node = known.get("node_rank", (0, ""))[0]
+            known["local_world_size"] = counts[min(node, len(counts) - 1)], variable
         return launcher.name
     if "WORLD_SIZE" in env and env["WORLD_SIZE"] != "1":
-        raise ValueError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: start with torchrun, or set RANK too")
+        raise ValueError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: start with torchrun, or set RANK too. Under Lightning's "
+            "Trainer and Fabric, which know their own launchers, ask these for ranks"
+        )
     for name, value in (("rank", 0), ("world_size", 1), ("local_rank", 0), ("local_world_size", 1)):
-        known[name] = value, "no launcher's variables"
+        known.setdefault(name, (value, "no launcher's variables"))
     return "single process"
 
 
@@ -191,7 +206,8 @@ def _find_port(port: int | None, env: Mapping[str, str], launcher: str) -> tuple
 
 def _text(env: Mapping[str, str], variable: str, launcher: str) -> str:
     if not (value := env.get(variable)):
-        raise ValueError(f"{variable} is not set, but other variables of {launcher} are")
+        remedy = "; give local_rank and local_world_size" if variable.startswith("LOCAL_") else ""
+        raise ValueError(f"{variable} is not set, but other variables of {launcher} are{remedy}")
     return value
 
 

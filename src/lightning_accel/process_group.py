@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.environment import Environment, detect
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import argparse
 
 _log = logging.getLogger(__name__)
+
+_joined: list[Environment] = []
+"""What `init_process_group` found out, for as long as its group lives."""
 
 
 def init_process_group(
@@ -78,44 +81,50 @@ def init_process_group(
     if seed is not None:
         _seed_everything(seed)
     _log.info("%s", found)
-    if found.launcher == "torchrun":
-        # torchrun's agent may hold the store at that address itself.
+    if found.launcher == "torchrun" and host is None and port is None:
+        # torchrun's agent may hold the store at its address itself.
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = TCPStore(found.host, found.port, found.world_size, is_master=found.rank == 0, timeout=timeout)
+        store = (
+            HashStore()  # a single process needs no port, which another one may have taken
+            if found.world_size == 1
+            else TCPStore(found.host, found.port, found.world_size, is_master=found.rank == 0, timeout=timeout)
+        )
         dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    _joined.append(found)
     return found
 
 
 def destroy_process_group() -> None:
     """Ends the default group and all others; nothing if there is none. Unwrap models before."""
+    _joined.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def get_rank() -> int:
     """This process's rank, 0 to `get_world_size() - 1`; known before `init_process_group` too."""
-    return dist.get_rank() if dist.is_initialized() else detect().rank
+    return dist.get_rank() if dist.is_initialized() else _environment().rank
 
 
 def get_world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else detect().world_size
+    return dist.get_world_size() if dist.is_initialized() else _environment().world_size
 
 
 def get_local_rank() -> int:
-    """This process's rank among those on its node, as its launcher says."""
-    return detect().local_rank
+    """This process's rank among those on its node."""
+    return _environment().local_rank
 
 
 def get_local_world_size() -> int:
-    """Number of processes on this node, as the launcher says."""
-    return detect().local_world_size
+    """Number of processes on this node."""
+    return _environment().local_world_size
 
 
 def get_node_rank() -> int:
-    """This node's rank, as the launcher says."""
-    return detect().node_rank
+    """This node's rank."""
+    return _environment().node_rank
 
 
 def get_logger(name: str = "lightning_accel", ranks: Collection[int] | None = (0,)) -> logging.Logger:
@@ -126,11 +135,11 @@ def get_logger(name: str = "lightning_accel", ranks: Collection[int] | None = (0
         ranks: that print; None means all.
     """
     logger = logging.getLogger(name)
-    if not any(isinstance(item, _ForRanks) for item in logger.filters):
+    if not any(isinstance(item, _ForRanks) for handler in logger.handlers for item in handler.filters):
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("[rank %(rank)s] %(message)s"))
+        handler.addFilter(_ForRanks(ranks))  # of the handler: a logger's own do not see its children's records
         logger.addHandler(handler)
-        logger.addFilter(_ForRanks(ranks))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
@@ -146,6 +155,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, help="where ranks meet (default: MASTER_PORT, else 29500)")
 
 
+def _environment() -> Environment:
+    return _joined[0] if _joined and dist.is_initialized() else detect()
+
+
 class _ForRanks(logging.Filter):
     """Adds the rank to records, and lets those of some ranks pass."""
 
@@ -154,7 +167,11 @@ class _ForRanks(logging.Filter):
         self._ranks = ranks
 
     def filter(self, record: logging.LogRecord) -> bool:
-        rank = record.__dict__["rank"] = get_rank()
+        try:
+            rank = get_rank()
+        except ValueError:  # a message must not fail because variables are incomplete
+            rank = -1
+        record.__dict__["rank"] = rank if rank >= 0 else "?"
         return self._ranks is None or rank in self._ranks or record.levelno >= logging.WARNING
 
 

@@ -10,6 +10,7 @@ This module must not postpone annotations: DDP refuses hooks whose annotations a
 import weakref
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +70,15 @@ class Replica:
         # Outside of what torch.compile may trace: moments are side effects.
         forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
-        self._handles += [optimizer.register_step_pre_hook(self._before_optimizer_step) for optimizer in optimizers]
+        # Weak, as the hook on buckets is: optimizers outlive replicas.
+        step_hook = partial(_before_optimizer_step, weakref.ref(self))
+        self._handles += [optimizer.register_step_pre_hook(step_hook) for optimizer in optimizers]
         self._knows_optimizers = len(self._handles) > 1
+
+    @property
+    def hook_ids(self) -> set[int]:
+        """Of the hooks on the DDP instance's forward, which belong to this object alone."""
+        return {handle.id for handle in self._handles}
 
     @property
     def statistics(self) -> Statistics:
@@ -133,6 +141,8 @@ class Replica:
                 "DistributedDataParallel.join() cannot be used with an algorithm: a rank without data would answer DDP's own "
                 "all_reduces, not the algorithm's. Give all ranks equally many batches (drop_last=True)."
             )
+        if self._end_diversion is not None and module._comm_hooks:
+            raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
         if self._knows_optimizers and self._in_round and self._has_reduced:
@@ -142,9 +152,6 @@ class Replica:
         if not self._in_round:
             self._in_round = True
             self.algorithm.before_forward()
-
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        self.before_step()
 
     def _divert_all_reduce(self, ddp: DistributedDataParallel) -> None:
         if ddp._comm_hooks:
@@ -193,6 +200,11 @@ class Replica:
     def _after_backward(self) -> None:
         self._backward_is_armed = False
         self.communicator.wait()
+
+
+def _before_optimizer_step(replica: Callable[[], Replica | None], *arguments: Any) -> None:
+    if (attached := replica()) is not None:
+        attached.before_step()
 
 
 def _reduce_bucket(replica: Callable[[], Replica | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

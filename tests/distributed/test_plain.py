@@ -1,10 +1,14 @@
 """The plain PyTorch API, in processes of their own, as users start them."""
 
+import copy
+import gc
+import io
 import logging
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +96,12 @@ def data_of(rank):
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
 
 
+def keep_local(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
 def wrap_models(rank, world_size):
     torch.manual_seed(rank)  # DDP makes the weights equal
     model = nn.Linear(3, 2)
@@ -110,10 +120,35 @@ def wrap_models(rank, world_size):
     mean = sum((data_of(r).sum(0) + data_of(r + 10).sum(0)) for r in range(world_size)) / world_size
     torch.testing.assert_close(model.weight, before[0] - 0.5 * mean.expand(2, 3))
 
-    ddp = accel.wrap(model, [optimizer])
+    ddp = accel.wrap(model, [optimizer], device_ids=None)
     assert ddp.replica.communicator.name == "gradient_allreduce"
     assert accel.unwrap(ddp) is model
     assert not own_threads()
+
+    # A copy has no algorithm, and trains as plain DDP.
+    ddp = accel.wrap(model, optimizer, "bytegrad")
+    copied = copy.deepcopy(ddp)
+    copied(data_of(rank)).sum().backward()
+    mean = sum(data_of(r).sum(0) for r in range(world_size)) / world_size
+    torch.testing.assert_close(copied.module.weight.grad, mean.expand(2, 3))
+    assert ddp.replica.rounds == 0
+
+    # One that is dropped leaves no thread.
+    for _ in range(2):
+        ddp(data_of(rank)).sum().backward()
+    assert own_threads()
+    del ddp, copied
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while own_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not own_threads()
+
+    ddp = accel.wrap(model, optimizer)
+    ddp.register_comm_hook(None, keep_local)
+    with pytest.raises(RuntimeError, match="take the place of the algorithm"):
+        ddp(data_of(rank))
+    accel.unwrap(ddp)
     for options, error, message in (
         ({"algorithm": "bytegrda"}, ValueError, "did you mean 'bytegrad'"),
         ({"algorithm": "bytegrad", "codek": "int8"}, TypeError, "did you mean 'codec'"),
@@ -143,6 +178,8 @@ def save_models(rank, world_size, folder):
             accel.save_checkpoint(Path(folder, "new", "a.pt", "b.pt"), ddp, optimizer)
         with pytest.raises(RuntimeError, match=r"rank 0 could not write .*a.pt"):
             accel.save_checkpoint(path, ddp, optimizer, note=lambda: None)
+        with pytest.raises(RuntimeError, match=r"a.pt: TypeError: extra\['note'\]\[1\] must be .* PosixPath"):
+            accel.save_checkpoint(path, ddp, optimizer, note=[1, path])  # could be written, but not read with weights_only=True
         assert path.read_bytes() == saved, "a failed save must leave the old file"
         assert list(path.parent.iterdir()) == [path]
         with torch.no_grad():
@@ -178,11 +215,11 @@ def load_data(rank, world_size):
         accel.get_dataloader([1], sampler=[0])
     logger = accel.get_logger("said")
     assert accel.get_logger("said") is logger
-    assert len(logger.handlers) == 1
-    record = logging.makeLogRecord({"levelno": logging.INFO})
-    assert bool(logger.filter(record)) == (rank == 0)
-    record.levelno = logging.ERROR
-    assert logger.filter(record)
+    (handler,) = logger.handlers
+    handler.stream = io.StringIO()
+    logger.info("hello")
+    logging.getLogger("said.child").warning("careful")  # has no filter of its own
+    assert handler.stream.getvalue() == "[rank 0] hello\n" * (rank == 0) + f"[rank {rank}] careful\n"
     return orders
 
 
@@ -197,8 +234,10 @@ def test_each_rank_has_its_part_in_a_new_order_each_epoch():
 JOIN_TWICE = """
 import sys
 import lightning_accel as accel
-accel.init_process_group(rank=int(sys.argv[1]), world_size=2, port=int(sys.argv[2]))
-assert (accel.get_rank(), accel.get_world_size()) == (int(sys.argv[1]), 2)
+rank = int(sys.argv[1])
+accel.init_process_group(rank=rank, world_size=2, port=int(sys.argv[2]))
+assert (accel.get_rank(), accel.get_world_size()) == (rank, 2)
+assert (accel.get_local_rank(), accel.get_local_world_size(), accel.get_node_rank()) == (rank, 2, 0)
 try:
     accel.init_process_group()
 except RuntimeError as error:

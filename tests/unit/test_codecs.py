@@ -90,6 +90,12 @@ def test_sum_of_messages_is_as_specified(codec, dtype, instruction_set):
         mean = torch.full_like(tensors[0], 3.0)
         codecs.decode(plan, wire, mean)
         assert_same_bits(mean, specified_means(codec, dtype)[number], f"sample {number}")
+        for k in range(3):  # in the place of a message
+            in_place = messages.clone()
+            wire = in_place[k * stride_bytes :][: plan.wire_bytes]
+            codecs.decode_sum_encode(plan, in_place, wire, count=3, stride_bytes=stride_bytes, divisor=3)
+            codecs.decode(plan, wire, mean)
+            assert_same_bits(mean, specified_means(codec, dtype)[number], f"sample {number} in the place of message {k}")
 
 
 def test_messages_are_summed_in_their_order():

@@ -91,6 +91,18 @@ def test_the_innermost_launcher_is_believed():
     assert facts(SLURM | OPEN_MPI | TORCHRUN)[0] == "torchrun"
 
 
+def test_slurm_with_pmi_is_slurm():
+    """Catches srun --mpi=pmi2, which sets PMI_RANK in every task, taken for MPICH."""
+    assert facts(SLURM | {"PMI_RANK": "5", "PMI_SIZE": "7"}) == facts(SLURM)
+
+
+def test_what_a_launcher_leaves_out_can_be_given():
+    """Catches arguments that are passed over in silence."""
+    by_hand = {name: value for name, value in TORCHRUN.items() if not name.startswith(("LOCAL", "GROUP"))}
+    assert facts(by_hand, local_rank=1, local_world_size=2)[1] == (5, 8, 1, 2, 2)
+    assert facts(TORCHRUN, local_rank=3)[1] == (5, 8, 3, 4, 1)
+
+
 def test_the_shell_of_a_slurm_job_is_no_task():
     """Catches a script run without srun that waits for tasks which were never started."""
     shell = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
@@ -125,6 +137,7 @@ def test_the_first_host_of_a_job_is_found(nodes, host):
         (TORCHRUN | {"LOCAL_RANK": "4"}, {}, r"got 4 \(LOCAL_RANK\)"),
         (TORCHRUN | {"RANK": "two"}, {}, "RANK must be a whole number: got 'two'"),
         (TORCHRUN | {"RANK": ""}, {}, "RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, {}, "LOCAL_RANK is not set.* give local_rank"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, {}, "local_world_size must be at most world_size"),
         ({**OPEN_MPI, "MASTER_ADDR": ""}, {}, "MASTER_ADDR is not set, and Open MPI does not tell"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"}, {}, "SLURM_STEP_TASKS_PER_NODE must be like"),

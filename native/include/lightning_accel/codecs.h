@@ -1,7 +1,8 @@
 // The four operations on messages. The CPU's and the GPU's write the same bytes.
 //
 // Tensors hold plan.dtype(); `accumulator` holds float, or double where codec `none` meets float64. Pointers to tensors need the
-// alignment of their element only, pointers to messages 16 bytes. Buffers must not overlap. All functions are reentrant.
+// alignment of their element only, pointers to messages 16 bytes. Buffers must not overlap, but where it is said. All functions
+// are reentrant.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ void encode(const Plan& plan, const void* tensor, uint8_t* wire);
 void decode(const Plan& plan, const uint8_t* wire, void* tensor);
 // accumulator <- accumulator + value of wire; accumulator is indexed like the tensor.
 void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator);
-// wire <- code of (value of messages[0] + value of messages[1] + ...) / divisor, summed in this order.
+// wire <- code of (value of messages[0] + value of messages[1] + ...) / divisor, summed in this order. `wire` may be one of the
+// messages: a block is written after it has been read from all of them.
 void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire);
 
 // "baseline", "avx2", "avx512": those this build has and this machine can run, worst first.
