@@ -1,0 +1,7 @@
+#!/bin/bash
+# examples/openmpi.sh host1:4,host2:4: four processes on each host; they meet on the first one.
+set -euo pipefail
+hosts=${1:?"hosts, such as host1:4,host2:4"}
+first=${hosts%%[:,]*}
+
+mpirun --host "$hosts" -x MASTER_ADDR="$first" python examples/plain_pytorch.py --algorithm bytegrad

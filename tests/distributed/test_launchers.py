@@ -1,0 +1,192 @@
+"""The example under launchers that are not torchrun, with their own daemons, all inside of this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/linear
+SchedulerType=sched/builtin
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES State=UP
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(*words, **variables):
+    return subprocess.run(
+        [str(word) for word in words],
+        env={**ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """SLURM with this machine as its only node, for the time of a test; gives the path of its configuration."""
+    programs = ("munged", "slurmctld", "slurmd", "srun")
+    missing = [name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"SLURM's daemons need root and {', '.join(missing or programs)}")
+    host = socket.gethostname().partition(".")[0]
+    configuration = tmp_path / "slurm.conf"
+    for name in ("state", "spool"):
+        (tmp_path / name).mkdir()
+    key = tmp_path / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    configuration.write_text(
+        SLURM_CONF.format(
+            host=host, folder=tmp_path, cores=os.cpu_count(), controller_port=free_port(), node_port=free_port()
+        ).lstrip()
+    )
+    munge = {"key-file": key, "socket": tmp_path / "munge.socket", "pid-file": tmp_path / "munged.pid"}
+    munge |= {"log-file": tmp_path / "munged.log", "seed-file": tmp_path / "munged.seed"}
+    commands = [
+        ["munged", "--foreground", "--force", *(f"--{option}={path}" for option, path in munge.items())],
+        ["slurmctld", "-D", "-f", configuration],
+        ["slurmd", "-D", "-f", configuration],
+    ]
+    daemons = []
+    try:
+        for command in commands:
+            output = (tmp_path / f"{command[0]}.out").open("w")
+            with output:
+                words = [shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin"), *map(str, command[1:])]
+                daemons.append(subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT))
+            deadline = time.monotonic() + 5
+            while command[0] == "munged" and not munge["socket"].exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        deadline = time.monotonic() + 20
+        while "idle" not in run("sinfo", SLURM_CONF=str(configuration)).stdout:
+            if time.monotonic() > deadline:
+                logs = "\n".join(path.read_text() for path in (*tmp_path.glob("*.log"), *tmp_path.glob("*.out")))
+                pytest.fail(f"SLURM's node did not become idle:\n{logs}")
+            time.sleep(0.2)
+        yield configuration
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in reversed(daemons):
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def check(done):
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[rank 0] test accuracy") == 1, "two processes that know nothing of one another"
+    assert "each rank sent 0.0 MB" not in done.stdout
+
+
+def test_slurm_starts_the_example(slurm):
+    """Catches variables that srun does not set, or sets otherwise than was read in its manual."""
+    check(
+        run("srun", "--ntasks=2", "--overcommit", "--export=ALL", sys.executable, EXAMPLE, "--epochs", "2", SLURM_CONF=str(slurm))
+    )
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI's mpirun")
+def test_open_mpi_starts_the_example():
+    """Catches variables that mpirun does not set."""
+    options = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2")
+    check(run("mpirun", *options, sys.executable, EXAMPLE, "--epochs", "2", MASTER_PORT=str(free_port())))
+
+
+def ip(*words):
+    done = run("ip", *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts made of network namespaces, with a cable between them; gives name, address and device of each."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and ip (iproute2)")
+    made = [
+        (f"acceltest{os.getpid()}{end}", f"10.78.0.{number}", f"vt{os.getpid()}{end}") for number, end in ((1, "a"), (2, "b"))
+    ]
+    try:
+        for name, _, _ in made:
+            if (done := run("ip", "netns", "add", name)).returncode != 0:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+        (first, _, cable), (second, _, other_end) = made
+        ip("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second)
+        for name, address, device in made:
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+        yield made
+    finally:
+        for name, _, _ in made:
+            run("ip", "netns", "delete", name)
+
+
+def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
+    """Catches ranks that meet at an address only one host can reach, and nodes that are taken for one."""
+    nodes = []
+    for rank, (name, _, device) in enumerate(hosts):
+        options = (
+            "--nnodes",
+            2,
+            "--node-rank",
+            rank,
+            "--nproc-per-node",
+            2,
+            "--master-addr",
+            hosts[0][1],
+            "--master-port",
+            29611,
+        )
+        launcher = (sys.executable, "-m", "lightning_accel.cli", "run", "--interface", device, *options)
+        words = ("ip", "netns", "exec", name, *launcher, EXAMPLE, "--epochs", 2, "--checkpoint", tmp_path / "shared.pt")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        nodes.append(subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, **pipes))
+    try:
+        results = [node.communicate(timeout=90) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    for node, (_, errors) in zip(nodes, results, strict=True):
+        assert node.returncode == 0, errors
+    assert results[0][0].count("test accuracy") == 1
+    assert "test accuracy" not in results[1][0]
+    assert (tmp_path / "shared.pt").exists()
