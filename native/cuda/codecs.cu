@@ -374,8 +374,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // wire <- code of (value of messages[0] + value of messages[1] + ...) / divisor, summed in this order. A warp owns the same block
 // of all messages: it asks for several messages' codes at once, adds them in order, divides and encodes, all in registers. Codes
-// are aligned on both sides, so only a segment's ragged last block takes width 1. `wire` may be one of the messages: a lane writes
-// codes only where it has read, and lane 0 the header only after all lanes have used it, which the shuffles see to.
+// are aligned on both sides, so only a segment's ragged last block takes width 1. `wire` may be one of the messages: a lane
+// writes codes only where it has read, and lane 0 the header only after all lanes have used it, which the shuffles see to.
 template <class Codec>
 __global__ void __launch_bounds__(kThreads)
     decode_sum_encode_kernel(Blocks blocks, Messages messages, Division<typename Codec::Value> division, uint8_t* wire) {
