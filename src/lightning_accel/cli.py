@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_accel import ssh_run
+
 _FAILED = 1
 
 _EXIT_CODES = (
     "Exit codes: 0 if all processes ended well; that of the process that failed first, 128 + n if signal n ended it; "
-    "2 for wrong arguments; 1 for what went wrong before a process was started."
+    "130 after Ctrl-C; 255 if ssh did not reach a host; 2 for wrong arguments; 1 for what went wrong before a process started."
 )
 
 
@@ -23,12 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "run", help="start a program on the processes of this node (torchrun with network tuning)", add_help=False
     )
+    ssh_parser = commands.add_parser(
+        "ssh-run",
+        help="start a program on several machines over ssh",
+        description="Starts a program on several machines over ssh, from one of them. All need the same files in the same "
+        "places, and a login without a password. Output is printed with host and rank before it; Ctrl-C, or the failure of one "
+        "host, ends all.",
+        epilog=_EXIT_CODES,
+    )
+    ssh_run.add_arguments(ssh_parser)
     commands.add_parser("env", help="print rank, world size and addresses as this process sees them, and from which variables")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["run"]:
         return _run(words[1:])
-    parser.parse_args(words)
-    return _print_environment()
+    args = parser.parse_args(words)
+    return ssh_run.ssh_run(args) if words[0] == "ssh-run" else _print_environment()
 
 
 def _print_environment() -> int:
@@ -43,6 +54,7 @@ def _print_environment() -> int:
 
 
 def _run(words: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -70,6 +82,9 @@ def _run(words: list[str]) -> int:
         end = f"signal {-code}" if code < 0 else f"exit code {code}"
         print(f"lightning-accel run: rank {rank} failed first, with {end}; its own output says why", file=sys.stderr)
         return 128 - code if code < 0 else code
+    except SignalException as error:
+        print(f"lightning-accel run: ended by signal {error.sigval:d}, and its processes with it", file=sys.stderr)
+        return 128 + int(error.sigval)
     except (ValueError, OSError) as error:
         print(f"lightning-accel run: {error}", file=sys.stderr)
         return _FAILED

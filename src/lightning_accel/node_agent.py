@@ -1,0 +1,63 @@
+"""One node's part of `lightning-accel ssh-run`: runs a job, and leaves nothing of it behind.
+
+The job comes on standard input, as one line of JSON with `argv`, `variables` and `workdir`, so that nothing of it stands in a
+command line. What follows on standard input are names of signals, one a line, for the job's processes; the end of input, which is
+also what a lost connection looks like, ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+_GRACE_SECONDS = 10.0
+"""Between asking a job to end and ending it."""
+
+
+def main() -> int:
+    """Runs the job; returns its exit code, or 128 + n if signal n ended it."""
+    lines = _lines_of_input()
+    job = json.loads(next(lines))
+    process = subprocess.Popen(
+        job["argv"],
+        cwd=job["workdir"],
+        env={**os.environ, **job["variables"]},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a process group of its own, to be signalled as a whole
+    )
+    threading.Thread(target=_obey, args=(process, lines), daemon=True).start()
+    code = process.wait()
+    _signal_all(process, signal.SIGKILL)  # what it left behind
+    return 128 - code if code < 0 else code
+
+
+def _lines_of_input() -> Iterator[str]:
+    """Without Python's buffer: a thread that waits in it would hold its lock at the interpreter's exit."""
+    rest = b""
+    while data := os.read(0, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def _obey(process: subprocess.Popen[bytes], lines: Iterator[str]) -> None:
+    for line in lines:
+        _signal_all(process, signal.Signals[line])
+    _signal_all(process, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    _signal_all(process, signal.SIGKILL)
+
+
+def _signal_all(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

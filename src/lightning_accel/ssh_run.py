@@ -1,0 +1,225 @@
+"""`lightning-accel ssh-run`: starts a program on several machines over ssh, from one of them.
+
+On each host runs `lightning_accel.node_agent`, which gets its job through ssh's standard input; the job is `lightning-accel run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import IO
+
+from lightning_accel.environment import DEFAULT_PORT
+
+_GRACE_SECONDS = 15.0
+"""Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
+
+_SSH_FAILED = 255
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine as ssh finds it.
+
+    Attributes:
+        name: host name or address, with "user@" before it or not.
+        port: of its sshd.
+    """
+
+    name: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Without the user."""
+        return self.name.rpartition("@")[2]
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """Reads "h1:22,user@h2:2222,h3"; port 22 unless given.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything that is no host name, address or port, or stands there twice.
+    """
+    hosts = []
+    for word in text.split(","):
+        match = re.fullmatch(r"((?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*)(?::([0-9]{1,5}))?", word, re.ASCII)
+        if match is None or not 1 <= int(match[2] or 22) <= 65535:
+            raise argparse.ArgumentTypeError(f"hosts must be like h1:22,user@h2:2222: got {word!r}")
+        hosts.append(Host(match[1], int(match[2] or 22)))
+    if len(set(hosts)) < len(hosts):
+        raise argparse.ArgumentTypeError(f"each host must stand there once: got {text!r}")
+    return hosts
+
+
+def parse_variable(text: str) -> tuple[str, str]:
+    """Reads NAME=VALUE, or NAME with the value it has here.
+
+    Raises:
+        argparse.ArgumentTypeError: for a wrong name, or one that has no value here.
+    """
+    name, has_value, value = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be NAME or NAME=VALUE: got a name {name!r}")
+    if not has_value:
+        if name not in os.environ:
+            raise argparse.ArgumentTypeError(f"{name} is not set here: give {name}=VALUE")
+        value = os.environ[name]
+    return name, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own."""
+    parser.add_argument(
+        "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshd"
+    )
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on each host (default: 1)")
+    parser.add_argument("--master-addr", metavar="NAME", help="where ranks meet (default: the first host's name)")
+    parser.add_argument("--master-port", type=int, default=DEFAULT_PORT, metavar="PORT", help="of that (default: %(default)s)")
+    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="for ssh's -o; may be repeated")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        type=parse_variable,
+        metavar="NAME[=VALUE]",
+        help="for the processes; may be repeated",
+    )
+    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="on each host (default: this one)")  # noqa: PTH109
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="on each host (default: this one)")
+    parser.add_argument("--interface", metavar="NAME", help="network interface for messages, such as eth0")
+    parser.add_argument("script", help="what to run: a Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it")
+
+
+def ssh_run(args: argparse.Namespace) -> int:
+    """Runs the command on all hosts; returns the exit code of the one that failed first, 130 after Ctrl-C, else 0."""
+    nodes = [_Node(host, rank, args) for rank, host in enumerate(args.host_list)]
+    try:
+        for node in nodes:
+            node.start()
+        return _wait(nodes)
+    except KeyboardInterrupt:
+        _end(nodes, signal.SIGINT)
+        return 128 + signal.SIGINT
+    finally:
+        _end(nodes, signal.SIGTERM)
+
+
+def _wait(nodes: list[_Node]) -> int:
+    running = list(nodes)
+    while running:
+        for node in running:
+            code = node.poll()
+            if code is None:
+                continue
+            running.remove(node)
+            if code != 0:
+                what = "could not be reached by ssh" if code == _SSH_FAILED else f"failed first, with exit code {code}"
+                _say(f"{node.host.name} {what}; the other hosts are ended")
+                return code
+            break
+        time.sleep(0.05)
+    return 0
+
+
+def _end(nodes: list[_Node], number: signal.Signals) -> None:
+    """Asks all to end, then closes their connections, which ends their jobs, then ends ssh itself."""
+    for action in (lambda node: node.send(number), _Node.hang_up, _Node.kill):
+        for node in nodes:
+            action(node)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while any(node.poll() is None for node in nodes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        else:
+            break
+    for node in nodes:
+        node.finish()
+
+
+class _Node:
+    """A host, and the ssh process that leads to it."""
+
+    def __init__(self, host: Host, rank: int, args: argparse.Namespace) -> None:
+        self.host = host
+        self._python = args.python
+        self._options = args.ssh_option
+        run = ["--nnodes", len(args.host_list), "--node-rank", rank, "--nproc-per-node", args.nproc_per_node, "--tee", 3]
+        run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
+        if args.interface is not None:
+            run += ["--interface", args.interface]
+        argv = [args.python, "-m", "lightning_accel.cli", "run", *map(str, run), args.script, *args.arguments]
+        variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
+        self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
+        self._ssh: subprocess.Popen[bytes] | None = None
+        self._printers: list[threading.Thread] = []
+
+    def start(self) -> None:
+        options = [word for option in ("BatchMode=yes", *self._options) for word in ("-o", option)]
+        # What ssh gets goes through a shell on the other side: quoted, and nothing of the job is in it.
+        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.node_agent"
+        self._ssh = subprocess.Popen(
+            ["ssh", *options, "-p", str(self.host.port), "--", self.host.name, command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is passed on by us, to the job and not to ssh
+        )
+        assert self._ssh.stdout is not None
+        assert self._ssh.stderr is not None
+        for source, target in ((self._ssh.stdout, sys.stdout), (self._ssh.stderr, sys.stderr)):
+            printer = threading.Thread(target=self._print, args=(source, target), daemon=True)
+            printer.start()
+            self._printers.append(printer)
+        self._write(self._job)
+
+    def poll(self) -> int | None:
+        """Exit code of the job, None while it runs; 0 where nothing was started."""
+        return self._ssh.poll() if self._ssh is not None else 0
+
+    def send(self, number: signal.Signals) -> None:
+        self._write(number.name)
+
+    def hang_up(self) -> None:
+        if self._ssh is not None and self._ssh.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._ssh.stdin.close()
+
+    def kill(self) -> None:
+        if self._ssh is not None:
+            self._ssh.kill()
+
+    def finish(self) -> None:
+        """Prints what is left of the output."""
+        self.hang_up()
+        for printer in self._printers:
+            printer.join(_GRACE_SECONDS)
+
+    def _write(self, line: str) -> None:
+        if self._ssh is None or self._ssh.stdin is None or self._ssh.poll() is not None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # gone, or hung up
+            self._ssh.stdin.write(line.encode() + b"\n")
+            self._ssh.stdin.flush()
+
+    def _print(self, source: IO[bytes], target: IO[str]) -> None:
+        for line in source:
+            text = line.decode(errors="replace").rstrip("\n")
+            target.write(f"[{self.host.name}] {text}\n")  # one write a line, so that hosts do not mix
+            target.flush()
+
+
+def _say(text: str) -> None:
+    print(f"lightning-accel ssh-run: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,218 @@
+"""`lightning-accel ssh-run`, with a stand-in for ssh that runs its command here, and with real sshds on two hosts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_accel.ssh_run import Host, parse_hosts, parse_variable
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
+
+# As sshd does: the command goes through a shell. The words that ssh got are kept for the test.
+FAKE_SSH = """#!{python}
+import os, subprocess, sys
+with open({log!r}, "a") as log:
+    print(sys.argv[1:], file=log)
+if "unreachable" in sys.argv:
+    print("ssh: connect to host unreachable", file=sys.stderr)
+    sys.exit(255)
+os.execv("/bin/sh", ["sh", "-c", sys.argv[-1]])
+"""
+
+SCRIPT = """
+import json, os, signal, sys, time
+if os.environ["RANK"] == "1" and sys.argv[1] == "fail":
+    sys.exit(9)
+if sys.argv[1] in ("fail", "wait"):
+    print("pid", os.getpid(), flush=True)
+    time.sleep(120)
+print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("TOKEN"), os.getcwd(), sys.argv[1:]]), flush=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the command with the stand-in for ssh; ends it after the test."""
+    fake = tmp_path / "bin" / "ssh"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_SSH.format(python=sys.executable, log=str(tmp_path / "ssh.log")))
+    fake.chmod(0o755)
+    (tmp_path / "a script.py").write_text(SCRIPT)
+    started = []
+
+    def start(*words, hosts="one:22,two:2222", variables=()):
+        command = [sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts, "--workdir", str(tmp_path)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
+        for variable in variables:
+            command += ["--env", variable]
+        environment = {**ENVIRONMENT, "PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*command, "a script.py", *words], env=environment, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_words_arrive_unchanged_and_secrets_stand_in_no_command_line(start, tmp_path):
+    """Catches a shell on the way that takes words apart or executes them, and variables that `ps` shows."""
+    words = ["ok", "two words", "$(touch hacked)", "a;b", "'\"", "line\nbreak", "ü", "--workdir", "-x", "`id`"]
+    process = start(*words, variables=["TOKEN", "OTHER=1"])
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    lines = sorted(output.splitlines())
+    for rank, (host, line) in enumerate(zip(("one", "two"), lines, strict=True)):
+        prefix, _, said = line.partition("] [rank ")
+        assert prefix == f"[{host}"
+        assert json.loads(said.partition("] ")[2]) == [str(rank), "2", "secret;$(id)\n'\"", str(tmp_path), words]
+    seen = (tmp_path / "ssh.log").read_text()
+    assert "secret" not in seen
+    assert "a script" not in seen
+    assert "'-p', '2222', '--', 'two'" in seen
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("how", ["fail", "interrupt", "kill"])
+def test_one_end_ends_all_and_leaves_nothing(start, how):
+    """Catches hosts that go on, a wrong exit code, and processes that outlive the command, even one that is killed."""
+    process = start("fail" if how == "fail" else "wait")
+    pids = []
+    while len(pids) < (1 if how == "fail" else 2):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        pids.append(int(line.split()[-1]))
+    if how == "interrupt":
+        os.kill(process.pid, signal.SIGINT)
+    elif how == "kill":
+        process.kill()
+    _, errors = process.communicate(timeout=60)
+    code = {"fail": 9, "interrupt": 130, "kill": -signal.SIGKILL}[how]
+    assert process.returncode == code, errors
+    if how == "fail":
+        assert "lightning-accel ssh-run: two failed first, with exit code 9" in errors
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
+
+
+def test_a_host_that_cannot_be_reached_ends_all(start):
+    """Catches a wait for ranks that were never started."""
+    process = start("wait", hosts="one,unreachable")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 255
+    assert "[unreachable] ssh: connect to host unreachable" in errors
+    assert "lightning-accel ssh-run: unreachable could not be reached by ssh" in errors
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("h1:22,h2:2222", [Host("h1", 22), Host("h2", 2222)]),
+        ("me@10.0.0.1", [Host("me@10.0.0.1", 22)]),
+        ("a.b-c:65535", [Host("a.b-c", 65535)]),
+    ],
+)
+def test_hosts_are_read(text, hosts):
+    """Catches a port that gets lost."""
+    assert parse_hosts(text) == hosts
+    assert parse_hosts("me@x")[0].address == "x"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a,", "-oProxyCommand=x", "a b", "a;b", "$(id)", "a:0", "a:65536", "a:b", "a\n", "ä", "a,a"]
+)
+def test_hostile_hosts_are_refused(text):
+    """Catches a host that ssh would take for an option, or a shell for a command."""
+    with pytest.raises(Exception, match="host"):
+        parse_hosts(text)
+
+
+def test_variables_are_read(monkeypatch):
+    """Catches a name that a shell or the system would take for something else."""
+    monkeypatch.setenv("HERE", "a=b")
+    assert parse_variable("HERE") == ("HERE", "a=b")
+    assert parse_variable("X=1=2") == ("X", "1=2")
+    assert parse_variable("X=") == ("X", "")
+    for text in ("", "=1", "1A=2", "A B=1", "A;B=1", "NOT_SET_HERE"):
+        with pytest.raises(Exception, match=r"must be NAME|is not set here"):
+            parse_variable(text)
+
+
+def command(*words):
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def ssh_hosts(tmp_path):
+    """Two hosts made of network namespaces, each with an sshd of its own, on ports 22 and 2222."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("ssh") is None or sshd is None:
+        pytest.skip("needs root, ip (iproute2), ssh and sshd (openssh-server)")
+    made = [(f"accelssh{os.getpid()}{end}", f"10.79.0.{number}", "cable") for number, end in ((1, "a"), (2, "b"))]
+    daemons = []
+    for name in ("host", "user"):
+        command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    try:
+        for name, _, _ in made:
+            command("ip", "netns", "add", name)
+        (first, _, cable), (second, _, other_end) = made
+        command("ip", "link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second)
+        for (name, address, device), port in zip(made, (22, 2222), strict=True):
+            command("ip", "-n", name, "link", "set", "lo", "up")
+            command("ip", "-n", name, "address", "add", f"{address}/24", "dev", device)
+            command("ip", "-n", name, "link", "set", device, "up")
+            options = [f"Port={port}", f"ListenAddress={address}", f"HostKey={tmp_path / 'host'}", "PidFile=none", "UsePAM=no"]
+            options += [f"AuthorizedKeysFile={tmp_path / 'user.pub'}", "StrictModes=no", "PermitRootLogin=prohibit-password"]
+            words = ["ip", "netns", "exec", name, sshd, "-D", "-e", "-f", "/dev/null", *(w for o in options for w in ("-o", o))]
+            with (tmp_path / f"sshd{port}.log").open("w") as log:
+                daemons.append(subprocess.Popen(words, stdout=log, stderr=log))
+        yield made, tmp_path
+    finally:
+        for daemon in daemons:
+            daemon.kill()
+            daemon.wait()
+        for name, _, _ in made:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def test_two_hosts_train_the_example_over_ssh(ssh_hosts):
+    """Catches what the stand-in for ssh does not have: other ports, other environments, connections of their own."""
+    made, folder = ssh_hosts
+    (first, _, _), _ = made
+    hosts = f"{made[0][1]}:22,{made[1][1]}:2222"
+    words = ["ip", "netns", "exec", first, sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts]
+    words += ["--nproc-per-node", "2", "--master-port", "29612", "--env", "PYTHONPATH", "--workdir", str(folder)]
+    for option in (
+        f"IdentityFile={folder / 'user'}",
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+    ):
+        words += ["--ssh-option", option]
+    words += ["--interface", "cable", str(EXAMPLE), "--epochs", "1"]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    logs = "".join(path.read_text() for path in folder.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert done.stdout.count("test accuracy") == 1
+    assert done.stdout.startswith(f"[{made[0][1]}] [rank 0] ")
