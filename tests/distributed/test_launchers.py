@@ -144,11 +144,13 @@ def hosts():
         (f"acceltest{os.getpid()}{end}", f"10.78.0.{number}", f"vt{os.getpid()}{end}") for number, end in ((1, "a"), (2, "b"))
     ]
     try:
-        for name, _, _ in made:
-            if (done := run("ip", "netns", "add", name)).returncode != 0:
-                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
         (first, _, cable), (second, _, other_end) = made
-        ip("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second)
+        for words in (
+            *(("netns", "add", name) for name in (first, second)),
+            ("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second),
+        ):
+            if (done := run("ip", *words)).returncode != 0:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
         for name, address, device in made:
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "address", "add", f"{address}/24", "dev", device)

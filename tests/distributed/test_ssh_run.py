@@ -174,10 +174,13 @@ def ssh_hosts(tmp_path):
         command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
     Path("/run/sshd").mkdir(exist_ok=True)
     try:
-        for name, _, _ in made:
-            command("ip", "netns", "add", name)
         (first, _, cable), (second, _, other_end) = made
-        command("ip", "link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second)
+        for words in (
+            *(("netns", "add", name) for name in (first, second)),
+            ("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second),
+        ):
+            if (done := subprocess.run(["ip", *words], capture_output=True, text=True, check=False)).returncode != 0:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
         for (name, address, device), port in zip(made, (22, 2222), strict=True):
             command("ip", "-n", name, "link", "set", "lo", "up")
             command("ip", "-n", name, "address", "add", f"{address}/24", "dev", device)
