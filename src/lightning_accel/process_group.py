@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_accel.environment import Environment, detect
+from lightning_accel.environment import Environment, detect, torchrun_attempt
 
 if TYPE_CHECKING:
     import argparse
@@ -81,16 +81,8 @@ def init_process_group(
     if seed is not None:
         _seed_everything(seed)
     _log.info("%s", found)
-    if found.launcher == "torchrun" and host is None and port is None:
-        # torchrun's agent may hold the store at its address itself.
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = (
-            HashStore()  # a single process needs no port, which another one may have taken
-            if found.world_size == 1
-            else TCPStore(found.host, found.port, found.world_size, is_master=found.rank == 0, timeout=timeout)
-        )
-        dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
+    dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
     _joined.append(found)
     return found
 
@@ -153,6 +145,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--world-size", type=int, help="number of processes; needs --rank")
     group.add_argument("--host", help="name or address of rank 0 (default: MASTER_ADDR, or what the launcher tells)")
     group.add_argument("--port", type=int, help="where ranks meet (default: MASTER_PORT, else 29500)")
+
+
+def _meet(found: Environment, timeout: timedelta, *, at_agent: bool) -> Store:
+    if found.world_size == 1:
+        return HashStore()  # needs no port, which another process may have taken
+    attempt = torchrun_attempt() if at_agent else None
+    is_master = found.rank == 0 and attempt is None
+    store = TCPStore(found.host, found.port, found.world_size, is_master=is_master, timeout=timeout)
+    # The agent's store outlives the ranks, and with it the addresses of those that were killed.
+    return store if attempt is None else PrefixStore(f"lightning_accel attempt {attempt}", store)
 
 
 def _environment() -> Environment:

@@ -58,6 +58,36 @@ def test_the_example_learns_and_goes_on_after_a_stop(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
 
 
+DIES_ONCE = """
+import os, runpy, signal, sys
+import lightning_accel as accel
+save = accel.save_checkpoint
+
+def save_and_die(path, model, optimizer, *, epoch):
+    save(path, model, optimizer, epoch=epoch)
+    if epoch == 3 and accel.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+accel.save_checkpoint = save_and_die
+sys.argv[0] = {example!r}
+runpy.run_path({example!r}, run_name="__main__")
+"""
+
+
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path):
+    """Catches peers that do not end when one is killed, and a restart that differs from an undisturbed run."""
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE.format(example=str(EXAMPLE)))
+    whole = torchrun(EXAMPLE, "--epochs", 5, "--checkpoint", tmp_path / "whole.pt")
+    assert whole.returncode == 0, whole.stderr
+    killed = torchrun("--max-restarts", 1, script, "--epochs", 5, "--checkpoint", tmp_path / "killed.pt")
+    assert killed.returncode == 0, killed.stderr
+    assert "going on after epoch 3" in killed.stdout
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt"))
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+
+
 def test_arguments_do_without_a_launcher(tmp_path):
     """Catches a store that only torchrun's variables can find."""
     command = [sys.executable, str(EXAMPLE), "--epochs", "1", "--world-size", "2", "--port", str(free_port())]
