@@ -81,7 +81,7 @@ class Lane:
         self.groups = groups
         self.scratch = Scratch()
         self._device = device
-        self.name = name
+        self._name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -108,7 +108,7 @@ class Lane:
         """Lets the lane's thread run it, after what was enqueued before."""
         if self._thread is None:
             arguments = self._queue, self._device
-            self._thread = threading.Thread(target=_work, args=arguments, name=f"lightning_accel {self.name}", daemon=True)
+            self._thread = threading.Thread(target=_work, args=arguments, name=f"lightning_accel {self._name}", daemon=True)
             self._thread.start()
         self._queue.put(run)
 
@@ -416,9 +416,7 @@ class Communicator:
                 # Closing connections makes peers that wait for this rank fail now, and this rank's other lanes. On a thread of
                 # its own: it waits for the backend's threads, and this may be one of them.
                 self._abandoning = threading.Thread(target=self._abort_groups, name="lightning_accel abandon", daemon=True)
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # an interpreter that ends starts no threads; its connections close anyway
+                with contextlib.suppress(RuntimeError):  # an interpreter that ends starts no threads, and closes anyway
                     self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()

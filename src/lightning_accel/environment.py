@@ -24,6 +24,11 @@ def node_name() -> str:
     return socket.gethostname()
 
 
+def variable(name: str) -> str | None:
+    """A variable's value here, None where it is not set."""
+    return os.environ.get(name)
+
+
 def torchrun_attempt() -> str | None:
     """Which attempt of torchrun's this is, from "0" on, if its agent holds the store where ranks meet; else None."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-from lightning_accel.environment import DEFAULT_PORT
+from lightning_accel.environment import DEFAULT_PORT, variable
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
@@ -72,9 +72,9 @@ def parse_variable(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be NAME or NAME=VALUE: got a name {name!r}")
     if not has_value:
-        if name not in os.environ:
+        if (here := variable(name)) is None:
             raise argparse.ArgumentTypeError(f"{name} is not set here: give {name}=VALUE")
-        value = os.environ[name]
+        value = here
     return name, value
 
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_accel_autoload
@@ -39,16 +38,9 @@ class FabricAccelMixin(_Base):
         codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
-        accelerator: as in DDPStrategy, and so the following, down to `start_method`.
-        parallel_devices: devices of this node.
-        cluster_environment: ranks and addresses.
-        checkpoint_io: how checkpoints are written.
-        precision: plugin of the precision.
-        process_group_backend: "gloo", "nccl" or another backend of torch.distributed.
-        timeout: of each collective; a failed peer is noticed at the latest after it.
-        start_method: "popen", "spawn", "fork" or "forkserver".
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
-        **kwargs: of torch's DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
+        **kwargs: of Fabric's DDPStrategy, such as process_group_backend, timeout, start_method, and of torch's
+            DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
 
     Raises:
         ValueError: for an unknown algorithm or a wrong value.
@@ -61,34 +53,16 @@ class FabricAccelMixin(_Base):
     def __init__(
         self,
         algorithm: str | Algorithm = "gradient_allreduce",
-        accelerator: Any = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: Any = None,
-        checkpoint_io: Any = None,
-        precision: Any = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-        gradient_as_bucket_view: bool = True,
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
         options = {"codec": codec, "hierarchical": hierarchical, "average": average}
-        check_arguments(FabricAccelMixin, kwargs, list(options))
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision=precision,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-            gradient_as_bucket_view=gradient_as_bucket_view,
-            **kwargs,
-        )
+        of_base = inspect.signature(super().__init__).parameters
+        check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))
+        super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replicas: list[tuple[DistributedDataParallel, Replica]] = []
 
