@@ -71,9 +71,22 @@ class Replica:
         forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
         # Weak, as the hook on buckets is: optimizers outlive replicas.
+        optimizers = list(optimizers)
         step_hook = partial(_before_optimizer_step, weakref.ref(self))
         self._handles += [optimizer.register_step_pre_hook(step_hook) for optimizer in optimizers]
-        self._knows_optimizers = len(self._handles) > 1
+        self._steps_end_rounds = bool(optimizers)
+        if optimizers:
+            self.attach_optimizers(optimizers)
+
+    def attach_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Lets the algorithm know the optimizers, and when they have stepped. Before the first forward.
+
+        The constructor does it for those that it gets; a strategy, whose optimizers come later, calls this.
+        """
+        optimizers = list(optimizers)
+        hook = partial(_after_optimizer_step, weakref.ref(self))
+        self._handles += [optimizer.register_step_post_hook(hook) for optimizer in optimizers]
+        self.algorithm.attach_optimizers(optimizers)
 
     @property
     def hook_ids(self) -> set[int]:
@@ -145,7 +158,7 @@ class Replica:
             raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
-        if self._knows_optimizers and self._in_round and self._has_reduced:
+        if self._steps_end_rounds and self._in_round and self._has_reduced:
             # No optimizer stepped: a gradient scaler skipped it. The strategy knows better when a round ends: under it, and
             # manual optimisation, this may be one more micro-batch.
             self.before_step()
@@ -205,6 +218,11 @@ class Replica:
 def _before_optimizer_step(replica: Callable[[], Replica | None], *arguments: Any) -> None:
     if (attached := replica()) is not None:
         attached.before_step()
+
+
+def _after_optimizer_step(replica: Callable[[], Replica | None], *arguments: Any) -> None:
+    if (attached := replica()) is not None and not attached._is_closed:
+        attached.algorithm.after_step()
 
 
 def _reduce_bucket(replica: Callable[[], Replica | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

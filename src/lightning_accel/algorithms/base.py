@@ -99,8 +99,14 @@ class BoundAlgorithm:
     def before_forward(self) -> None:
         """Before the first micro-batch's forward of a round."""
 
+    def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Learns of the optimizers over the replica's parameters; before the first forward."""
+
     def before_step(self) -> None:
         """After the round's last backward; before gradients are unscaled or clipped and the optimizer steps."""
+
+    def after_step(self) -> None:
+        """After an optimizer has stepped; not when a gradient scaler skipped the step, on this rank only perhaps."""
 
     def consensus(self) -> None:
         """Makes all ranks' weights equal; before validation, test, predict, checkpoint and the end of fit. Collective."""
@@ -112,11 +118,18 @@ class BoundAlgorithm:
         """Starts it again. Collective and idempotent."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as tensors, numbers, strings, lists and dicts."""
+        """What a resumed run needs and all ranks hold alike, as tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs and each rank holds for itself; of the same kinds."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `rank_state_dict` gave on this rank, of as many; after `load_state_dict`, or never."""
 
     def teardown(self) -> None:
         """Ends what was started; after an exception too."""

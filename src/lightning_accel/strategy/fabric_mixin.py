@@ -82,6 +82,13 @@ class FabricAccelMixin(_Base):
         self._replicas.append((ddp, Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")))
         return ddp
 
+    def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Lets the algorithm of the modules whose parameters it holds know the optimizer."""
+        made: torch.optim.Optimizer = super().setup_optimizer(optimizer)
+        for replica in self._replicas_of(made):
+            replica.attach_optimizers([made])
+        return made
+
     def optimizer_step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> Any:
         """Steps; the round of the modules whose parameters the optimizer holds ends before."""
         replicas = list(self._replicas_of(optimizer))

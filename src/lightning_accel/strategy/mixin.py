@@ -122,6 +122,12 @@ class AccelMixin(_Base):
         self._replica = Replica(self.model, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
         self._apply_restored()
 
+    def setup(self, trainer: Any) -> None:
+        """Wraps the model, then lets the algorithm know the optimizers, which come last. Collective."""
+        super().setup(trainer)
+        if self._replica is not None:
+            self._replica.attach_optimizers(self.optimizers)
+
     def optimizer_step(
         self,
         optimizer: torch.optim.Optimizer,
