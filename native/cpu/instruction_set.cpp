@@ -65,7 +65,9 @@ void use_instruction_set(const std::string& name) {
   ACCEL_CHECK(false, "instruction set '" << name << "' is not one this machine runs; see instruction_sets()");
 }
 
-void encode(const Plan& plan, const void* tensor, uint8_t* wire) { current().kernels->encode(plan, tensor, wire); }
+void encode(const Plan& plan, const void* tensor, uint8_t* wire, const Residuals& residuals) {
+  current().kernels->encode(plan, tensor, wire, residuals);
+}
 
 void decode(const Plan& plan, const uint8_t* wire, void* tensor) { current().kernels->decode(plan, wire, tensor); }
 
@@ -73,8 +75,8 @@ void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator)
   current().kernels->decode_accumulate(plan, wire, accumulator);
 }
 
-void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire) {
-  current().kernels->decode_sum_encode(plan, messages, divisor, wire);
+void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire, const Residuals& residuals) {
+  current().kernels->decode_sum_encode(plan, messages, divisor, wire, residuals);
 }
 
 }  // namespace accel::cpu

@@ -6,10 +6,10 @@
 namespace accel::cpu {
 
 struct Kernels {
-  void (*encode)(const Plan&, const void* tensor, uint8_t* wire);
+  void (*encode)(const Plan&, const void* tensor, uint8_t* wire, const Residuals&);
   void (*decode)(const Plan&, const uint8_t* wire, void* tensor);
   void (*decode_accumulate)(const Plan&, const uint8_t* wire, void* accumulator);
-  void (*decode_sum_encode)(const Plan&, const Messages&, float divisor, uint8_t* wire);
+  void (*decode_sum_encode)(const Plan&, const Messages&, float divisor, uint8_t* wire, const Residuals&);
 };
 
 namespace baseline {

@@ -27,6 +27,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+constexpr int kBlockNumel = 512;  // elements: the unit of ownership (src/lightning_accel/layout.py); whole runs of every scale
+constexpr float kSmallestScaled = 0x1p-100f;  // smaller values are coded as zeros: a reciprocal would overflow soon below
+
 constexpr uint32_t kCanonicalNaNBits = 0x7FC00000u;  // the one NaN that is ever sent or decoded
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
