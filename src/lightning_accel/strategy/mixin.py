@@ -36,7 +36,8 @@ class AccelMixin(_Base):
 
     Args:
         algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
-        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        codec: bytegrad: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        error_feedback: bytegrad: whether what codes lose is kept and sent later; by default for int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
@@ -76,11 +77,12 @@ class AccelMixin(_Base):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         gradient_as_bucket_view: bool = True,
         codec: str | None = None,
+        error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
