@@ -75,11 +75,11 @@ class BucketPlans:
         self._coded, coders = self._layout, self._lanes[0].peers if hierarchical else self._lanes[0].group
         if hierarchical:
             self._coded = self._layout.share(self._lanes[0].node.rank, coders.world_size)
+        self._coders = coders
+        self._device = context.parameters.tensors[0].device
         self._feedback: ErrorFeedback | None = None
-        if error_feedback and coders.world_size > 1:
-            server_numel = self._coded.numel if coders.world_size <= 2 else self._coded.owned_numels[coders.rank]
-            device = context.parameters.tensors[0].device
-            self._feedback = ErrorFeedback(self._coded.numel, server_numel, device)
+        if error_feedback:
+            self.keep_residuals()
         self._buckets: dict[tuple[torch.dtype, tuple[int, ...]], _Bucket] = {}
 
     def all_reduce(
@@ -103,6 +103,13 @@ class BucketPlans:
         if before is not None:
             steps[0] = _one_after_the_other(before, steps[0])
         return self._communicator.submit(label, gradients, *zip(self._lanes, steps, strict=True), first_waits=self._hierarchical)
+
+    def keep_residuals(self) -> None:
+        """Turns error feedback on, where anything is quantised."""
+        coded, coders = self._coded, self._coders
+        if coders.world_size > 1:
+            server_numel = coded.numel if coders.world_size <= 2 else coded.owned_numels[coders.rank]
+            self._feedback = ErrorFeedback(coded.numel, server_numel, self._device)
 
     def commit(self) -> None:
         """Takes up the residuals of the last backward: the optimizer has made its step."""

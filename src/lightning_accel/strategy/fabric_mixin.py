@@ -34,9 +34,10 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
-        codec: bytegrad: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
-        error_feedback: bytegrad: whether what codes lose is kept and sent later; by default for int4 and sign.
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
+            int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
