@@ -389,7 +389,7 @@ def mixed(rank, world_size):
     model = GivenGradients([torch.zeros(600, dtype=dtype) for dtype in dtypes], frozen=[0])
     optimizer = QAdam([p for p in model.parameters() if p.requires_grad], lr=0.1, warmup_steps=2)
     with wrap(model, optimizer, "qadam", bucket_cap_mb=0.001) as ddp:
-        for step in range(5):
+        for _ in range(5):
             optimizer.zero_grad()
             ddp([torch.full((600,), 1.0 + rank, dtype=dtype) for dtype in dtypes]).backward()
             optimizer.step()
