@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, Literal, overload
@@ -76,9 +77,6 @@ class QAdam(torch.optim.Adam):
     Raises:
         ValueError: for a value out of range.
 
-    Attributes:
-        zeroings: calls of `zero_grad` so far.
-
     Example:
         >>> optimizer = QAdam([torch.nn.Parameter(torch.zeros(3))], lr=1e-3, warmup_steps=500)
         >>> optimizer.phase
@@ -102,7 +100,7 @@ class QAdam(torch.optim.Adam):
         if warmup_steps != "auto" and (isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1):
             raise ValueError(f"warmup_steps must be a number of steps, at least 1, or 'auto': got {warmup_steps!r}")
         self._is_attached = False
-        self.zeroings = 0
+        self._calls: Counter[str] = Counter()
         use_fused = fused is None and foreach is None and not bagua_compat
         super().__init__(
             params,
@@ -126,7 +124,7 @@ class QAdam(torch.optim.Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_is_attached", False)
-        self.__dict__.setdefault("zeroings", 0)
+        self.__dict__.setdefault("_calls", Counter())
         for group in self.param_groups:  # those of a checkpoint of Adam lack them
             self._complete_group(group)
             if not group["steps"]:
@@ -160,9 +158,15 @@ class QAdam(torch.optim.Adam):
         """Steps made so far."""
         return max(int(group["steps"]) for group in self.param_groups)
 
+    @property
+    def zeroings(self) -> int:
+        """Calls of `zero_grad` so far."""
+        # In an object, not in a number: Lightning's LightningOptimizer calls methods on a shallow copy.
+        return self._calls["zero_grad"]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in Adam; needed before each backward that follows a step: after warm-up `.grad` holds momentum."""
-        self.zeroings += 1
+        self._calls["zero_grad"] += 1
         super().zero_grad(set_to_none)
 
     @overload
