@@ -408,3 +408,27 @@ def test_mixed_dtypes_and_frozen_parameters():
 def test_other_algorithms_do_not_ask_for_qadam():
     assert ByteGrad().keeps_gradients
     assert not QAdamAlgorithm().keeps_gradients
+
+
+def never_seen(rank, world_size, codec):
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(40, 32)
+    start = model.weight.detach().clone()
+    optimizer = QAdam(model.parameters(), lr=0.1, warmup_steps=3)
+    with wrap(model, optimizer, "qadam", codec=codec) as ddp:
+        for step in range(12):
+            optimizer.zero_grad()
+            words = torch.arange(rank, 20, 2) if step < 6 else torch.arange(rank, 30, 2)
+            ddp(words).square().sum().backward()
+            optimizer.step()
+    moved = (model.weight.detach() - start).abs().amax(1)
+    assert (moved[:20] > 0.1).all()
+    assert (moved[30:] == 0).all(), "rows that no gradient has reached drift"
+    assert (moved[20:30] > 0).all()
+    assert (moved[20:30] < 12 * 0.1 * 7.3).all(), "rows that warm-up has not seen explode"
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "sign", "minmax_uint8"])
+def test_rows_never_seen_stay_and_rows_seen_late_learn(codec):
+    """Catches noise on zeros, which Adam makes full steps of, and a frozen variance of zero."""
+    run_ranks(never_seen, 2, codec)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning_fits import Net, fit, weights
+from lightning_fits import Net, Ranks, fit, points, weights
 
 from helpers.ranks import run_ranks
 from lightning_accel import AccelStrategy, QAdam
+from lightning_accel.fabric import AccelStrategy as FabricStrategy
 from lightning_accel.optim import Phase
 
 
@@ -132,3 +134,24 @@ def _bf16(rank: int, world_size: int) -> None:
 
 def test_bf16_mixed_needs_no_scaler() -> None:
     run_ranks(_bf16, 2)
+
+
+def _fabric(rank: int, world_size: int) -> torch.Tensor:
+    fabric = Fabric(
+        accelerator="cpu", devices=world_size, strategy=FabricStrategy(algorithm="qadam"), plugins=[Ranks(rank, world_size)]
+    )
+    fabric.launch()
+    model = Net()
+    module, optimizer = fabric.setup(model.net, QAdam(model.net.parameters(), lr=0.01, warmup_steps=3))
+    for inputs, targets in fabric.setup_dataloaders(points(8, world_size)):
+        optimizer.zero_grad()
+        fabric.backward(torch.nn.functional.mse_loss(module(inputs), targets))
+        optimizer.step()
+    assert optimizer.optimizer.phase is Phase.COMPRESSED
+    fabric.strategy.teardown()
+    return weights(model)
+
+
+def test_fabric() -> None:
+    first, second = run_ranks(_fabric, 2)
+    assert torch.equal(first, second)
