@@ -3,6 +3,7 @@
     python examples/digits.py
     python examples/digits.py --algorithm gradient_allreduce
     python examples/digits.py --codec bf16
+    python examples/digits.py --algorithm qadam --codec sign
 
 The digits come with scikit-learn: 1797 images of 8 x 8 pixels. Needs the extra `examples`.
 """
@@ -23,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import AccelStrategy
+from lightning_accel import AccelStrategy, QAdam
 
 
 class Digits(LightningModule):
@@ -54,7 +55,10 @@ class Digits(LightningModule):
         return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.parameters())
+        if self.trainer.strategy.algorithm.name == "qadam":
+            optimizer = QAdam(self.parameters(), warmup_steps=self.num_steps // 3)
+        else:
+            optimizer = torch.optim.Adam(self.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -80,7 +84,7 @@ def be_quiet() -> None:
 def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="bytegrad", help="how gradients travel (default: %(default)s)")
+    parser.add_argument("--algorithm", default="bytegrad", help="what travels, and when (default: %(default)s)")
     parser.add_argument("--codec", help="what they are sent as (default: the algorithm's own)")
     parser.add_argument("--devices", type=int, default=torch.cuda.device_count() if has_gpu else 2, help="GPUs or processes")
     parser.add_argument("--epochs", type=int, default=15)

@@ -21,17 +21,18 @@ bool has_f16c() {
 struct InstructionSet {
   const char* name;
   const Kernels* kernels;
+  const QAdamKernels* qadam_kernels;
 };
 
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels}};
+  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels, &baseline::qadam_kernels}};
 #if defined(ACCEL_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && has_f16c()) {
-    sets.push_back({"avx2", &avx2::kernels});
+    sets.push_back({"avx2", &avx2::kernels, &avx2::qadam_kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      sets.push_back({"avx512", &avx512::kernels});
+      sets.push_back({"avx512", &avx512::kernels, &avx512::qadam_kernels});
     }
   }
 #endif
@@ -65,18 +66,21 @@ void use_instruction_set(const std::string& name) {
   ACCEL_CHECK(false, "instruction set '" << name << "' is not one this machine runs; see instruction_sets()");
 }
 
+const Kernels& kernels() { return *current().kernels; }
+const QAdamKernels& qadam_kernels() { return *current().qadam_kernels; }
+
 void encode(const Plan& plan, const void* tensor, uint8_t* wire, const Residuals& residuals) {
-  current().kernels->encode(plan, tensor, wire, residuals);
+  kernels().encode(plan, tensor, wire, residuals);
 }
 
-void decode(const Plan& plan, const uint8_t* wire, void* tensor) { current().kernels->decode(plan, wire, tensor); }
+void decode(const Plan& plan, const uint8_t* wire, void* tensor) { kernels().decode(plan, wire, tensor); }
 
 void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator) {
-  current().kernels->decode_accumulate(plan, wire, accumulator);
+  kernels().decode_accumulate(plan, wire, accumulator);
 }
 
 void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire, const Residuals& residuals) {
-  current().kernels->decode_sum_encode(plan, messages, divisor, wire, residuals);
+  kernels().decode_sum_encode(plan, messages, divisor, wire, residuals);
 }
 
 }  // namespace accel::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lightning_accel/codecs.h"
+#include "lightning_accel/qadam.h"
 
 namespace accel::cpu {
 
@@ -12,14 +13,27 @@ struct Kernels {
   void (*decode_sum_encode)(const Plan&, const Messages&, float divisor, uint8_t* wire, const Residuals&);
 };
 
+// Elements `begin` to `end` of a tensor.
+struct QAdamKernels {
+  void (*fold)(DType, const FoldTensor&, int64_t begin, int64_t end, const FoldScalars&);
+  void (*step)(DType, const StepTensor&, int64_t begin, int64_t end, const StepScalars&);
+};
+
 namespace baseline {
 extern const Kernels kernels;
-}
+extern const QAdamKernels qadam_kernels;
+}  // namespace baseline
 namespace avx2 {
 extern const Kernels kernels;
-}
+extern const QAdamKernels qadam_kernels;
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kernels;
-}
+extern const QAdamKernels qadam_kernels;
+}  // namespace avx512
+
+// Those in use.
+const Kernels& kernels();
+const QAdamKernels& qadam_kernels();
 
 }  // namespace accel::cpu

@@ -57,6 +57,26 @@ def decode_sum_encode(
     segments: int,
     stream: int,
 ) -> None: ...
+def qadam_fold(
+    dtype: int,
+    tensors: Sequence[tuple[int, int, int, int]],
+    beta1: float,
+    weight_decay: float,
+    threads: int,
+    is_cuda: bool,
+    stream: int,
+) -> None: ...
+def qadam_step(
+    dtype: int,
+    tensors: Sequence[tuple[int, int, int, int, int]],
+    step_size: float,
+    correction: float,
+    eps: float,
+    decay: float,
+    threads: int,
+    is_cuda: bool,
+    stream: int,
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...

@@ -10,6 +10,7 @@ from lightning_accel.algorithms.base import (
 )
 from lightning_accel.algorithms.bytegrad import ByteGrad
 from lightning_accel.algorithms.gradient_allreduce import GradientAllReduce
+from lightning_accel.algorithms.qadam import QAdamAlgorithm
 
 __all__ = [
     "Algorithm",
@@ -17,6 +18,7 @@ __all__ = [
     "ByteGrad",
     "Context",
     "GradientAllReduce",
+    "QAdamAlgorithm",
     "algorithm_names",
     "make_algorithm",
     "register_algorithm",

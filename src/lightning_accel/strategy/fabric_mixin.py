@@ -34,8 +34,10 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
-        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
+            int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
@@ -54,12 +56,13 @@ class FabricAccelMixin(_Base):
         self,
         algorithm: str | Algorithm = "gradient_allreduce",
         codec: str | None = None,
+        error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
         of_base = inspect.signature(super().__init__).parameters
         check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)
