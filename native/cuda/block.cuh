@@ -54,16 +54,29 @@ __device__ __forceinline__ Segment find_segment(const Blocks& blocks, int64_t bl
   return blocks.segments[first];
 }
 
+// Calls body(i) for this warp's share of 0, 1 ... count - 1.
+template <class Body>
+__device__ __forceinline__ void for_each_index(int64_t count, Body body) {
+  const int64_t num_warps = int64_t{gridDim.x} * kWarps;
+  for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpLanes; i < count; i += num_warps) {
+    body(i);
+  }
+}
+
+// Elements of a tensor's or a segment's block.
+__device__ __forceinline__ int block_numel(int64_t numel, int64_t block) {
+  const int64_t left = numel - block * kBlockNumel;
+  return left < kBlockNumel ? static_cast<int>(left) : kBlockNumel;
+}
+
 // Calls body(segment, block, numel) for this warp's blocks; `block` counts from the segment's first.
 template <class Body>
 __device__ __forceinline__ void for_each_block(const Blocks& blocks, Body body) {
-  const int64_t num_warps = int64_t{gridDim.x} * kWarps;
-  for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpLanes; i < blocks.count; i += num_warps) {
+  for_each_index(blocks.count, [&](int64_t i) {
     const Segment segment = find_segment(blocks, i);
     const int64_t block = i - segment.first_block;
-    const int64_t left = segment.numel - block * kBlockNumel;
-    body(segment, block, left < kBlockNumel ? static_cast<int>(left) : kBlockNumel);
-  }
+    body(segment, block, block_numel(segment.numel, block));
+  });
 }
 
 // Where a block lies in a message, in bytes.

@@ -9,16 +9,13 @@
 #include <type_traits>
 
 #include "block.cuh"
-#include "lightning_accel/check.h"
+#include "launch.cuh"
 #include "lightning_accel/codecs.h"
 #include "lightning_accel/dispatch.h"
 #include "packed.cuh"
 
 namespace accel::cuda {
 namespace {
-
-// Thread blocks a multiprocessor, at most: several times what fits, so that the last round leaves few multiprocessors idle.
-constexpr int kThreadBlocksPerMultiprocessor = 64;
 
 // ---- Widths: of the widest operand, vectors
 
@@ -130,9 +127,7 @@ struct Division {
 
 // ---- Kernels
 //
-// Grid: one-dimensional, thread blocks of 128 = 4 warps, as many as the plan has blocks for, up to 64 a multiprocessor; with
-// that many each warp takes every (4 gridDim.x)-th block. Any grid gives the same bytes. Alignment: `tensor` and residuals of
-// their element, messages 16 bytes.
+// Grid: as launch.cuh makes it; any gives the same bytes. Alignment: `tensor` and residuals of their element, messages 16 bytes.
 
 // wire <- code of tensor. A warp reads its block (and its residuals), merges the lanes' statistics by shuffles, and writes header
 // and codes (and residuals).
@@ -233,25 +228,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Launchers
 
-// Enqueues kernel(blocks of the plan, arguments...); nothing for a plan without blocks.
+// Enqueues kernel(blocks of the plan, arguments...).
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Blocks, Parameters...), const Plan& plan, const Segment* segments, void* stream,
             Arguments... arguments) {
-  if (plan.num_blocks() == 0) {
-    return;
-  }
-  int device = 0;
-  int multiprocessors = 0;
-  ACCEL_CUDA_CHECK(cudaGetDevice(&device));
-  ACCEL_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t wanted = (plan.num_blocks() + kWarps - 1) / kWarps;
-  const int64_t most = int64_t{multiprocessors} * kThreadBlocksPerMultiprocessor;
   const Blocks blocks{segments, static_cast<int64_t>(plan.segments().size()), plan.num_blocks()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(wanted < most ? wanted : most));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  ACCEL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, blocks, arguments...));
+  launch_blocks(kernel, plan.num_blocks(), stream, blocks, arguments...);
 }
 
 // Calls launch(std::bool_constant<has feedback>{}). Values in double have no residuals.

@@ -7,10 +7,12 @@
 
 #include "check.h"
 #include "lightning_accel/codecs.h"
+#include "lightning_accel/qadam.h"
 #include "memory.h"
 
 // Last, because they are made of the headers before.
 #include "../cuda/codecs.cu"
+#include "../cuda/qadam.cu"
 
 namespace {
 
@@ -170,6 +172,47 @@ Plan several(CodecId codec, DType dtype) {
   return Plan(codec, dtype, tensor_offsets, numels, wire_offsets, residual_offsets);
 }
 
+// QAdam's passes over more tensors than a launch takes, some of them empty, at all distances from alignment.
+void test_qadam(DType dtype, double weight_decay) {
+  const int bytes = kElementBytes[static_cast<int>(dtype)];
+  Random random(29);
+  std::vector<Memory> cpu;  // of each tensor: gradient, momentum, variance, parameter
+  std::vector<int64_t> numels{4 * 512 + 5};
+  for (int64_t i = 1; i < 150; ++i) {
+    numels.push_back(i % 11 == 0 ? 0 : i % 7 == 0 ? 512 + i % 3 : i);
+  }
+  for (size_t i = 0; i < numels.size(); ++i) {
+    for (int operand = 0; operand < 4; ++operand) {
+      Memory memory(numels[i] * bytes, i % 4 == 0 ? 0 : static_cast<int64_t>(random() % 4) * bytes);
+      fill(memory, dtype, operand == 2 ? 0 : static_cast<int>(i % kNumKinds), random);
+      cpu.push_back(memory);
+    }
+  }
+  std::vector<Memory> cuda(cpu);
+  const auto run = [&](std::vector<Memory>& memories, auto fold, auto step) {
+    std::vector<accel::FoldTensor> folds;
+    std::vector<accel::StepTensor> steps;
+    for (size_t i = 0; i < numels.size(); ++i) {
+      Memory* of = &memories[4 * i];
+      folds.push_back({of[0].data(), of[1].data(), of[3].data(), numels[i]});
+      steps.push_back({of[0].data(), of[1].data(), of[2].data(), of[3].data(), numels[i]});
+    }
+    fold(dtype, folds, accel::FoldScalars{0.9, weight_decay});
+    step(dtype, steps, accel::StepScalars{1e-3 / 0.7, std::sqrt(1 - 0.95), 1e-8, 1 - 1e-3 * weight_decay});
+  };
+  run(
+      cpu, [](auto... arguments) { accel::cpu::fold(arguments..., 1); },
+      [](auto... arguments) { accel::cpu::step(arguments..., 1); });
+  run(
+      cuda, [](auto... arguments) { accel::cuda::fold(arguments..., nullptr); },
+      [](auto... arguments) { accel::cuda::step(arguments..., nullptr); });
+  for (size_t i = 0; i < cpu.size(); ++i) {
+    CHECK(cuda[i].difference(cpu[i]) < 0, "qadam, dtype " << static_cast<int>(dtype) << ", decay " << weight_decay << ", tensor "
+                                                          << i / 4 << " of " << numels[i / 4] << " elements, operand " << i % 4
+                                                          << ": byte " << cuda[i].difference(cpu[i]) << " differs");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -200,5 +243,9 @@ int main() {
     offsets.push_back(2 * i);
   }
   test({Plan(CodecId::kInt8, DType::kFloat32, offsets, numels, wire_offsets), 0, 0, false});
+  for (int type = 0; type < kNumDTypes; ++type) {
+    test_qadam(static_cast<DType>(type), 0.0);
+    test_qadam(static_cast<DType>(type), 0.1);
+  }
   return check::report("test_cuda_emulated");
 }
