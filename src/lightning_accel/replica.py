@@ -124,7 +124,8 @@ class Replica:
         return {"rounds": self.rounds, "algorithm": self.algorithm.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Takes up what `state_dict` gave, between two rounds."""
+        self._in_round = self._has_reduced = False
         self.rounds = int(state["rounds"])
         self.algorithm.load_state_dict(state["algorithm"])
 

@@ -54,7 +54,7 @@ def test_the_example_learns_and_goes_on_after_a_stop(tmp_path):
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
-    assert one["replica"] == other["replica"]
+    assert one["lightning_accel"]["replicas"] == other["lightning_accel"]["replicas"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
 
 

@@ -82,6 +82,10 @@ class BoundAlgorithm:
     """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
     `reduce_gradients`, and memory is passed over once less."""
 
+    ranks_differ = False
+    """Whether weights, and with them optimizers and gradient scalers, come to differ between ranks: then a checkpoint keeps
+    each rank's."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator
@@ -125,7 +129,7 @@ class BoundAlgorithm:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Takes up what `state_dict` gave; the weights are the checkpoint's by then, and what follows from them starts anew."""
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What a resumed run needs and each rank holds for itself; of the same kinds."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_accel.rank_state import State
+
 _REFUSED = {
     "ddp_comm_state": "the algorithm is the communication hook",
     "ddp_comm_hook": "the algorithm is the communication hook; write your own with lightning_accel.register_algorithm",
@@ -70,4 +72,16 @@ def check_gradients_stay(algorithm: str, gradient_clip_val: float | None, precis
         raise ValueError(
             f"algorithm {algorithm!r} leaves momentum in .grad, which no loss scale must be taken out of: "
             "use precision='bf16-mixed' or '32-true' in place of 16-bit floats with a scaler"
+        )
+
+
+def check_checkpoint_io(checkpoint_io: object, state: State) -> None:
+    """Raises ValueError for Lightning's AsyncCheckpointIO where ranks write files beside the checkpoint.
+
+    A checkpoint's files are removed as soon as another is in its place: it must be there when the writer returns.
+    """
+    if state.needs_file and any(cls.__name__ == "AsyncCheckpointIO" for cls in type(checkpoint_io).__mro__):
+        raise ValueError(
+            f"with {state.algorithm!r} each rank writes a file beside the checkpoint, and the checkpoint must be complete when "
+            "its writer returns: leave AsyncCheckpointIO out"
         )

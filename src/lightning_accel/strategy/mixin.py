@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,20 +13,17 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_accel_autoload
+from lightning_accel import rank_state
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
-from lightning_accel.strategy.arguments import check_arguments, check_device, check_gradients_stay
+from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device, check_gradients_stay
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
     _Base = Any
 else:
     _Base = object
-
-_log = logging.getLogger(__name__)
-
-_CHECKPOINT_KEY = "lightning_accel"
 
 
 class AccelMixin(_Base):
@@ -99,8 +96,8 @@ class AccelMixin(_Base):
         )
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replica: Replica | None = None
-        self._restored: dict[str, Any] | None = None
-        self._final_state: dict[str, Any] | None = None
+        self._restored: rank_state.Restored | None = None
+        self._final_state: rank_state.State | None = None
         self._statistics = Statistics()
 
     @property
@@ -123,7 +120,6 @@ class AccelMixin(_Base):
         assert isinstance(self.model, DistributedDataParallel)
         self._close_replica()
         self._replica = Replica(self.model, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
-        self._apply_restored()
 
     def setup(self, trainer: Any) -> None:
         """Wraps the model, then lets the algorithm know the optimizers, which come last. Collective."""
@@ -132,6 +128,7 @@ class AccelMixin(_Base):
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
+            check_checkpoint_io(self.checkpoint_io, self._state())
 
     def optimizer_step(
         self,
@@ -177,24 +174,43 @@ class AccelMixin(_Base):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Adds the algorithm's state; other strategies ignore it."""
-        # After fit too: that is when users save.
-        state = self._replica.state_dict() if self._replica is not None else self._final_state
-        if state is not None:
-            checkpoint[_CHECKPOINT_KEY] = {
-                "version": 1,
-                "algorithm": self._algorithm.name,
-                "world_size": self.world_size,
-                "replica": state,
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        """Adds the algorithm's state, which other strategies ignore, and writes what each rank holds for itself. Collective."""
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Takes the algorithm's state out of a checkpoint, if it has one."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
-        self._restored = checkpoint.get(_CHECKPOINT_KEY)
-        self._apply_restored()
+        def write(part: dict[str, Any] | None = None) -> None:
+            if part is not None:
+                checkpoint[rank_state.KEY] = part
+            super(AccelMixin, self).save_checkpoint(checkpoint, filepath, storage_options)
+
+        # After fit too: that is when users save.
+        state = self._state() if self._replica is not None else self._final_state
+        if self._is_interrupted:
+            write(None if state is None else state.part(self.world_size))
+        elif state is None or "optimizer_states" not in checkpoint:
+            rank_state.together(write, f"write {filepath}")  # nobody goes on from weights alone
+        else:
+            check_checkpoint_io(self.checkpoint_io, state)
+            rank_state.save_checkpoint(filepath, state, self._entries_of_rank(checkpoint), write)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint; for a fit, what this rank held for itself too, which waits until the rest is restored."""
+        read: Callable[[], dict[str, Any]] = partial(super().load_checkpoint, checkpoint_path, *args, **kwargs)
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return read()
+        checkpoint, self._restored = rank_state.load_checkpoint(checkpoint_path, read, self._algorithm.name, 1)
         return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Restores the optimizers, and with them, as the last to be restored, the algorithm's state."""
+        super().load_optimizer_state_dict(checkpoint)
+        restored, self._restored = self._restored, None
+        if restored is not None and self._replica is not None:
+            restored.apply(self._algorithm.name, [self._replica])
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Removes a checkpoint, and the ranks' files."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            rank_state.remove_files(filepath)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks; not while this one handles an exception, which the others may not have."""
@@ -223,32 +239,32 @@ class AccelMixin(_Base):
         lightning_accel_autoload.register(strategy_registry, cls.__module__)
 
     @property
+    def _trainer(self) -> Any:
+        module = self.lightning_module
+        return module._trainer if module is not None else None
+
+    @property
     def _is_interrupted(self) -> bool:
         """Whether this rank handles an exception; callbacks save then, on the failing rank alone: no collective."""
-        module = self.lightning_module
-        trainer = module._trainer if module is not None else None
+        trainer = self._trainer
         return trainer is not None and bool(trainer.state.status == "interrupted")
 
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
             self._replica.consensus()
 
-    def _apply_restored(self) -> None:
-        if self._replica is None or self._restored is None:
-            return
-        restored, self._restored = self._restored, None
-        if restored["algorithm"] != self._algorithm.name:
-            _log.warning(
-                "the checkpoint is of algorithm %r, this run uses %r: its state starts anew",
-                restored["algorithm"],
-                self._algorithm.name,
-            )
-            return
-        self._replica.load_state_dict(restored["replica"])
+    def _state(self) -> rank_state.State:
+        assert self._replica is not None
+        return rank_state.State.of(self._algorithm.name, [self._replica])
+
+    def _entries_of_rank(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What follows from weights, where they differ between ranks: this rank's optimizers, schedulers and scaler."""
+        names = ("optimizer_states", "lr_schedulers", type(self.precision_plugin).__qualname__)
+        return {name: checkpoint[name] for name in names if name in checkpoint}
 
     def _close_replica(self) -> None:
         replica, self._replica = self._replica, None
         if replica is not None:
             self._statistics = replica.statistics
-            self._final_state = None if self._is_interrupted else replica.state_dict()
+            self._final_state = None if self._is_interrupted else rank_state.State.of(self._algorithm.name, [replica])
             replica.close()
