@@ -269,12 +269,11 @@ def together(action: Callable[[], _T], what: str, group: _Group = None) -> _T:
         done = action()
     except Exception as raised:
         error = raised
-    failures = _all_gather(None if error is None else (type(error).__name__, str(error)), group)
-    for rank, failure in enumerate(failures):
+    name = type(error).__name__
+    for failure in _all_gather(error and (name, f"rank {_place(group)[0]} could not {what}: {name}: {error}"), group):
         if failure is not None:
             name, message = failure
-            kind = {"FileNotFoundError": FileNotFoundError, "ValueError": ValueError}.get(name, RuntimeError)
-            raise kind(f"rank {rank} could not {what}: {name}: {message}") from error
+            raise {"FileNotFoundError": FileNotFoundError, "ValueError": ValueError}.get(name, RuntimeError)(message) from error
     return done
 
 
