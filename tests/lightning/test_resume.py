@@ -199,6 +199,11 @@ def keep_house(rank, world_size, folder):
     fits.fit("failed.ckpt")
     (seen["heard"],) = fits.heard or [None]
 
+    # A writer that takes its time is right where the checkpoint is all there is.
+    later = fits.pl.plugins.io.AsyncCheckpointIO()
+    fits.fit(strategy="accel", plugins=[later], callbacks=[fits.saver("later", save_top_k=1)], max_epochs=SAVED)
+    assert fits.fit("later.ckpt", strategy="accel")[0].everything["rounds"][0] == STEPS * EPOCHS
+
     # Not where files cannot be, or not in time.
     with pytest.raises(ValueError, match="leave AsyncCheckpointIO out"):
         fits.fit(plugins=[fits.pl.plugins.io.AsyncCheckpointIO()])
@@ -225,3 +230,76 @@ def test_files_come_and_go_with_checkpoints(tmp_path):
     assert one["with weights alone"] == sorted([*one["kept"], "light.ckpt"])
     assert one["heard"].startswith("the checkpoint was written by rank 0 alone")
     assert other["heard"] is None
+
+
+def resume_fabric(rank, world_size, folder, root):
+    fits = Fits(rank, world_size, folder, "pytorch_lightning" if root == "lightning_fabric" else "lightning.pytorch")
+    name = "fabric_root" if root == "lightning_fabric" else "lightning_fabric_root"
+    strategy = importlib.import_module(f"lightning_accel.strategy.{name}").AccelStrategy
+    path = str(Path(folder, "last.ckpt"))
+
+    def start():
+        fabric = importlib.import_module(root).Fabric(
+            accelerator="cpu", devices=world_size, strategy=strategy("drifting"), plugins=[fits.ranks]
+        )
+        fabric.launch()
+        torch.seed()
+        model = torch.nn.Sequential(torch.nn.Linear(16, 9), torch.nn.Dropout(0.3), torch.nn.Linear(9, 4))
+        model, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters(), 0.01))
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return fabric, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "step": 0}
+
+    def train(fabric, state):
+        for _ in range(3):
+            state["step"] += 1
+            batch = torch.randn(2, 16, generator=torch.Generator().manual_seed(state["step"])) + rank
+            state["optimizer"].zero_grad()
+            fabric.backward(state["model"](batch).square().mean())
+            state["optimizer"].step()
+            state["scheduler"].step(float(rank))
+
+    def seen(fabric, state):
+        (replica,) = fabric.strategy.replicas
+        found = {"weights": weights(state["model"]), "residual": torch.cat([r.flatten() for r in replica.algorithm.residuals])}
+        found |= {
+            "torch": torch.get_rng_state(),
+            "counters": torch.tensor([replica.rounds, replica.algorithm.steps, state["step"]]),
+        }
+        found["scheduler"] = torch.tensor(state["scheduler"].best)
+        for place, moments in state["optimizer"].state_dict()["state"].items():
+            found |= {f"optimizer {place} {name}": value.clone() for name, value in moments.items()}
+        return found
+
+    fabric, state = start()
+    train(fabric, state)
+    fabric.save(path, state)
+    train(fabric, state)
+    expected = seen(fabric, state)
+    fabric.strategy.teardown()
+
+    fabric, state = start()
+    train(fabric, state)
+    assert fabric.load(path, state) == {}
+    train(fabric, state)
+    differing = differ(seen(fabric, state), expected)
+
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(f"{path}.ranks")
+    torch.distributed.barrier()
+    before = seen(fabric, state)
+    with pytest.raises(FileNotFoundError, match=r"rank-0-of-2.pt is missing"):
+        fabric.load(path, state)
+    assert not differ(seen(fabric, state), before)
+    assert fabric.load(path)["step"] == 3
+    fabric.strategy.teardown()
+    return differing, expected
+
+
+@pytest.mark.parametrize("root", ["lightning.fabric", "lightning_fabric"])
+def test_fabrics_loop_goes_on_to_the_bit(tmp_path, root):
+    """Catches rank 0's optimizer or scheduler on every rank, and a load that fails half-way."""
+    pytest.importorskip(root)
+    (one, mine), (other, theirs) = run_ranks(resume_fabric, 2, str(tmp_path), root)
+    assert one == other == set()
+    assert differ(mine, theirs) == {"weights", "optimizer", "scheduler", "residual", "torch"}
