@@ -250,6 +250,12 @@ def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_writing(saved, file):
+    file.write(b"PK")
+    file.flush()
+    die()
+
+
 def save_and_be_killed(rank, world_size, folder, victim, place):
     path = Path(folder, "last.pt")
     with Run(rank) as run:
@@ -260,9 +266,12 @@ def save_and_be_killed(rank, world_size, folder, victim, place):
         if rank == victim and place == "after its file":
             write = rank_state.write_whole
             rank_state.write_whole = lambda *arguments: die(write(*arguments))
+        if rank == victim and place == "in the middle of the checkpoint":
+            save = torch.save
+            torch.save = lambda saved, file, **options: (die_writing if "model" in saved else save)(saved, file, **options)
         if rank == victim and place == "before older files are removed":
             rank_state.remove_files = die
-        if rank != victim and place == "after its file":
+        if rank != victim and place != "before older files are removed":
             with pytest.raises(Exception, match=r"."):  # torch's words for a lost peer
                 run.save(path)
         else:
@@ -281,7 +290,13 @@ def resume_and_save(rank, world_size, folder):
 
 
 @pytest.mark.parametrize(
-    ("victim", "place"), [(1, "after its file"), (0, "after its file"), (0, "before older files are removed")]
+    ("victim", "place"),
+    [
+        (1, "after its file"),
+        (0, "after its file"),
+        (0, "in the middle of the checkpoint"),
+        (0, "before older files are removed"),
+    ],
 )
 def test_a_rank_killed_while_saving_leaves_a_checkpoint_with_its_files(tmp_path, victim, place):
     """Catches an order of writing that has a moment without a checkpoint that can be resumed."""

@@ -143,7 +143,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_to_the_bit(tmp_path, root):
 def fail_alone(rank, world_size, folder):
     fits = Fits(rank, world_size, folder)
     on_exception = fits.pl.callbacks.OnExceptionCheckpoint(fits.folder, "failed")
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(ArithmeticError if rank == 0 else Exception):  # the other one loses its peer, when this one ends
         fits.fit(callbacks=[on_exception], failing=(1, 2) if rank == 0 else None)
     return torch.load(fits.folder / "failed.ckpt", weights_only=True)["lightning_accel"]
 
