@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,14 +99,12 @@ class Restored:
         rank: that reads.
         world_size: of the run that reads.
         own: of each replica, what this rank held for itself; None where there is no file, or none that fits.
-        entries: of the checkpoint, as this rank had them.
     """
 
     part: dict[str, Any]
     rank: int
     world_size: int
     own: list[dict[str, Any]] | None = None
-    entries: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, algorithm: str, replicas: Sequence[Replica]) -> bool:
         """Takes it up, once model and optimizers have been restored; whether the algorithm's state was fitting."""
@@ -237,7 +235,7 @@ def load_checkpoint(
         if part["rank_files"] is None or part["world_size"] != world_size or not _fits(part, algorithm, replicas):
             return checkpoint, Restored(part, rank, world_size)
         own = _read_file(path, part, rank)
-        return {**checkpoint, **own["entries"]}, Restored(part, rank, world_size, own["replicas"], own["entries"])
+        return {**checkpoint, **own["entries"]}, Restored(part, rank, world_size, own["replicas"])
 
     return together(read_both, f"read {os.fspath(path)}", group)
 

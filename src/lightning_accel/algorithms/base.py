@@ -132,7 +132,10 @@ class BoundAlgorithm:
         """Takes up what `state_dict` gave; the weights are the checkpoint's by then, and what follows from them starts anew."""
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs and each rank holds for itself; of the same kinds."""
+        """What a resumed run needs and each rank holds for itself, of the same kinds; empty on all ranks or on none.
+
+        Called after `consensus`; not collective. It is written to a file of this rank's own.
+        """
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
