@@ -115,8 +115,11 @@ def resume(rank, world_size, folder, root, algorithm):
     seen = {"resumed differs": differ(resumed.everything, expected), "whole": expected}
 
     # Saved once fit is over.
-    _, trainer = fits.fit(strategy=algorithm, max_epochs=SAVED)
+    half, trainer = fits.fit(strategy=algorithm, max_epochs=SAVED)
     trainer.save_checkpoint(fits.folder / "half.ckpt")
+    for file in fits.folder.glob(f"half.ckpt.ranks/*/rank-{rank}-of-2.pt"):
+        for place, residual in enumerate(torch.load(file)["replicas"][0].get("residuals", ())):
+            assert torch.equal(residual, half.everything[f"residual {place}"])
     assert fits.fit("half.ckpt", strategy=algorithm)[0].everything["rounds"][0] == STEPS * EPOCHS
     seen["heard"] = fits.heard
     return seen
@@ -135,6 +138,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_to_the_bit(tmp_path, root):
     (files,) = (tmp_path / f"epoch={SAVED - 1}.ckpt.ranks").iterdir()
     assert sorted(file.name for file in files.iterdir()) == ["rank-0-of-2.pt", "rank-1-of-2.pt"]
     assert files.name.startswith(f"step-{STEPS * SAVED}-")
+    assert len(list(tmp_path.glob("half.ckpt.ranks/*/rank-*-of-2.pt"))) == 2
     own = [torch.load(file, weights_only=True)["entries"] for file in sorted(files.iterdir())]
     assert own[0].keys() == {"optimizer_states", "lr_schedulers", "MixedPrecision"}
     assert own[0]["MixedPrecision"]["scale"] != own[1]["MixedPrecision"]["scale"]

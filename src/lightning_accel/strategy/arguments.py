@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ def check_gradients_stay(algorithm: str, gradient_clip_val: float | None, precis
         )
 
 
-def check_checkpoint_io(checkpoint_io: object, state: State) -> None:
+def check_checkpoint_io(checkpoint_io: object, state: Callable[[], State]) -> None:
     """Raises ValueError for Lightning's AsyncCheckpointIO where ranks write files beside the checkpoint.
 
     A checkpoint's files are removed as soon as another is in its place: it must be there when the writer returns.
     """
-    if state.needs_file and any(cls.__name__ == "AsyncCheckpointIO" for cls in type(checkpoint_io).__mro__):
+    is_async = any(cls.__name__ == "AsyncCheckpointIO" for cls in type(checkpoint_io).__mro__)
+    if is_async and state().needs_file:
         raise ValueError(
-            f"with {state.algorithm!r} each rank writes a file beside the checkpoint, and the checkpoint must be complete when "
+            f"with {state().algorithm!r} each rank writes a file beside the checkpoint, and the checkpoint must be complete when "
             "its writer returns: leave AsyncCheckpointIO out"
         )

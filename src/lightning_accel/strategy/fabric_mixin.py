@@ -120,7 +120,7 @@ class FabricAccelMixin(_Base):
         """
         self.consensus()
         ours = rank_state.State.of(self._algorithm.name, self.replicas)
-        check_checkpoint_io(self.checkpoint_io, ours)
+        check_checkpoint_io(self.checkpoint_io, lambda: ours)
         entries = {name: value.state_dict() for name, value in state.items() if isinstance(value, Optimizer | LRScheduler)}
 
         def write(part: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,7 +130,7 @@ class AccelMixin(_Base):
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
-            check_checkpoint_io(self.checkpoint_io, self._state())
+            check_checkpoint_io(self.checkpoint_io, self._state)
 
     def optimizer_step(
         self,
@@ -188,7 +190,7 @@ class AccelMixin(_Base):
         elif state is None or "optimizer_states" not in checkpoint:
             rank_state.together(write, f"write {filepath}")  # nobody goes on from weights alone
         else:
-            check_checkpoint_io(self.checkpoint_io, state)
+            check_checkpoint_io(self.checkpoint_io, lambda: state)
             rank_state.save_checkpoint(filepath, state, self._entries_of_rank(checkpoint), write)
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -266,5 +268,10 @@ class AccelMixin(_Base):
         replica, self._replica = self._replica, None
         if replica is not None:
             self._statistics = replica.statistics
-            self._final_state = None if self._is_interrupted else rank_state.State.of(self._algorithm.name, [replica])
+            if self._is_interrupted:
+                self._final_state = None
+            else:
+                state = rank_state.State.of(self._algorithm.name, [replica])
+                own = apply_to_collection(state.own, torch.Tensor, torch.Tensor.cpu)  # until the next fit, perhaps
+                self._final_state = replace(state, own=own)
             replica.close()
