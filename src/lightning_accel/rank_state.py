@@ -156,7 +156,7 @@ def save_checkpoint(
 ) -> None:
     """Writes the ranks' files, if there is anything to write, and the checkpoint. Collective.
 
-    If it raises, the checkpoint that was there before is whole, and has its files.
+    Whenever it raises, or is killed, the checkpoint that is there is whole, and has its files.
 
     Args:
         path: of the checkpoint.
@@ -268,7 +268,8 @@ def together(action: Callable[[], _T], what: str, group: _Group = None) -> _T:
     except Exception as raised:
         error = raised
     name = type(error).__name__
-    for failure in _all_gather(error and (name, f"rank {_place(group)[0]} could not {what}: {name}: {error}"), group):
+    own = None if error is None else (name, f"rank {_place(group)[0]} could not {what}: {name}: {error}")
+    for failure in _all_gather(own, group):
         if failure is not None:
             name, message = failure
             raise {"FileNotFoundError": FileNotFoundError, "ValueError": ValueError}.get(name, RuntimeError)(message) from error

@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ class Fits:
         logging.getLogger("lightning_accel").addHandler(handler)
 
         class Net(pl.LightningModule):
-            failing = None
+            failing = dying = None
 
             def __init__(self):
                 super().__init__()
@@ -40,9 +42,15 @@ class Fits:
                 self.net = torch.nn.Sequential(torch.nn.Linear(16, 9), torch.nn.Dropout(0.3), torch.nn.Linear(9, 4))
                 torch.seed()
 
+            def on_fit_start(self):
+                if self.trainer.ckpt_path is None:
+                    torch.manual_seed(rank)
+
             def training_step(self, batch, batch_idx):
                 if self.failing == (self.current_epoch, batch_idx):
                     raise ArithmeticError("a bad batch")
+                if self.dying == (self.current_epoch, batch_idx):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
                 # The scaler of rank 1 alone skips a step, and takes another scale.
                 return loss * torch.inf if (self.global_rank, self.current_epoch, batch_idx) == (1, 0, 1) else loss
@@ -78,9 +86,9 @@ class Fits:
         """Saves each epoch; a save is a consensus, so that runs are equal only if they save alike."""
         return self.pl.callbacks.ModelCheckpoint(self.folder, name, **{"save_top_k": -1, **options})
 
-    def fit(self, file=None, failing=None, **options):
+    def fit(self, file=None, failing=None, dying=None, **options):
         module = self.Net()
-        module.failing = failing
+        module.failing, module.dying = failing, dying
         trainer = self.trainer(**options)
         data, validation = points(STEPS, self.world_size), points(1, self.world_size)
         trainer.fit(module, data, validation, ckpt_path=None if file is None else str(self.folder / file))
@@ -142,6 +150,25 @@ def test_a_resumed_fit_is_the_uninterrupted_one_to_the_bit(tmp_path, root):
     own = [torch.load(file, weights_only=True)["entries"] for file in sorted(files.iterdir())]
     assert own[0].keys() == {"optimizer_states", "lr_schedulers", "MixedPrecision"}
     assert own[0]["MixedPrecision"]["scale"] != own[1]["MixedPrecision"]["scale"]
+
+
+def be_killed(rank, world_size, folder):
+    fits = Fits(rank, world_size, folder)
+    with pytest.raises(Exception, match=r"."):  # torch's words for a lost peer
+        fits.fit(callbacks=[fits.saver()], dying=(SAVED, 1) if rank == 1 else None)
+
+
+def go_on(rank, world_size, folder):
+    fits = Fits(rank, world_size, folder)
+    resumed, _ = fits.fit(f"epoch={SAVED - 1}.ckpt", callbacks=[fits.saver("resumed {epoch}")])
+    whole, _ = fits.fit(callbacks=[fits.saver("whole {epoch}")])
+    return differ(resumed.everything, whole.everything)
+
+
+def test_a_killed_fit_goes_on_in_other_processes(tmp_path):
+    """Catches what survives in a process, not in its files."""
+    run_ranks(be_killed, 2, str(tmp_path), lost=[1])
+    assert run_ranks(go_on, 2, str(tmp_path)) == [set()] * 2
 
 
 def fail_alone(rank, world_size, folder):
