@@ -26,7 +26,7 @@ if sys.argv[1] == "kill" and rank == "1":
 
 def command(*words, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "lightning_accel.cli", *words],
+        [sys.executable, "-m", "lightning_accel.launch.cli", *words],
         env={**ENVIRONMENT, **variables},
         capture_output=True,
         text=True,

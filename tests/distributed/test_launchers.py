@@ -177,7 +177,7 @@ def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
             "--master-port",
             29611,
         )
-        launcher = (sys.executable, "-m", "lightning_accel.cli", "run", "--interface", device, *options)
+        launcher = (sys.executable, "-m", "lightning_accel.launch.cli", "run", "--interface", device, *options)
         words = ("ip", "netns", "exec", name, *launcher, EXAMPLE, "--epochs", 2, "--checkpoint", tmp_path / "shared.pt")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         nodes.append(subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, **pipes))

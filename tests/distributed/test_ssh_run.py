@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_accel.ssh_run import Host, parse_hosts, parse_variable
+from lightning_accel.launch.ssh_run import Host, parse_hosts, parse_variable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
@@ -49,8 +49,8 @@ def start(tmp_path):
     started = []
 
     def start(*words, hosts="one:22,two:2222", variables=()):
-        command = [sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts, "--workdir", str(tmp_path)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
+        command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
+        command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
         for variable in variables:
             command += ["--env", variable]
         environment = {**ENVIRONMENT, "PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
@@ -204,7 +204,7 @@ def test_two_hosts_train_the_example_over_ssh(ssh_hosts):
     made, folder = ssh_hosts
     (first, _, _), _ = made
     hosts = f"{made[0][1]}:22,{made[1][1]}:2222"
-    words = ["ip", "netns", "exec", first, sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts]
+    words = ["ip", "netns", "exec", first, sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
     words += ["--nproc-per-node", "2", "--master-port", "29612", "--env", "PYTHONPATH", "--workdir", str(folder)]
     for option in (
         f"IdentityFile={folder / 'user'}",

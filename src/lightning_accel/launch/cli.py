@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_accel import ssh_run
+from lightning_accel.launch import ssh_run
 
 _FAILED = 1
 

@@ -1,6 +1,7 @@
 """`lightning-accel ssh-run`: starts a program on several machines over ssh, from one of them.
 
-On each host runs `lightning_accel.node_agent`, which gets its job through ssh's standard input; the job is `lightning-accel run`.
+On each host runs `lightning_accel.launch.node_agent`, which gets its job through ssh's standard input; the job is
+`lightning-accel run`.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class _Node:
         run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
         if args.interface is not None:
             run += ["--interface", args.interface]
-        argv = [args.python, "-m", "lightning_accel.cli", "run", *map(str, run), args.script, *args.arguments]
+        argv = [args.python, "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
         self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
         self._ssh: subprocess.Popen[bytes] | None = None
@@ -169,7 +170,7 @@ class _Node:
     def start(self) -> None:
         options = [word for option in ("BatchMode=yes", *self._options) for word in ("-o", option)]
         # What ssh gets goes through a shell on the other side: quoted, and nothing of the job is in it.
-        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.node_agent"
+        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.launch.node_agent"
         self._ssh = subprocess.Popen(
             ["ssh", *options, "-p", str(self.host.port), "--", self.host.name, command],
             stdin=subprocess.PIPE,
