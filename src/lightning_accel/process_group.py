@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_accel.connections import watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def init_process_group(
     if store is None:
         store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    watch_connections()
     _joined.append(found)
     return found
 

@@ -20,12 +20,21 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
+from lightning_accel.connections import UNREACHABLE_SECONDS
 from lightning_accel.environment import DEFAULT_PORT, variable
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
 
 _SSH_FAILED = 255
+
+_PROBES = 4
+
+_SSH_OPTIONS = (
+    "BatchMode=yes",
+    f"ServerAliveInterval={UNREACHABLE_SECONDS / _PROBES:.0f}",  # a host that is unplugged ends ssh, and that ends the others
+    f"ServerAliveCountMax={_PROBES}",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,8 @@ def _wait(nodes: list[_Node]) -> int:
                 continue
             running.remove(node)
             if code != 0:
-                what = "could not be reached by ssh" if code == _SSH_FAILED else f"failed first, with exit code {code}"
+                lost = "could not be reached by ssh, or its connection was lost"
+                what = lost if code == _SSH_FAILED else f"failed first, with exit code {code}"
                 _say(f"{node.host.name} {what}; the other hosts are ended")
                 return code
             break
@@ -161,14 +171,16 @@ class _Node:
         run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
         if args.interface is not None:
             run += ["--interface", args.interface]
-        argv = [args.python, "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
+        # -u: torchrun's --tee does not flush what it prints.
+        argv = [args.python, "-u", "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
         self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
         self._ssh: subprocess.Popen[bytes] | None = None
         self._printers: list[threading.Thread] = []
 
     def start(self) -> None:
-        options = [word for option in ("BatchMode=yes", *self._options) for word in ("-o", option)]
+        # Of an option given twice, ssh takes the first.
+        options = [word for option in (*self._options, *_SSH_OPTIONS) for word in ("-o", option)]
         # What ssh gets goes through a shell on the other side: quoted, and nothing of the job is in it.
         command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.launch.node_agent"
         self._ssh = subprocess.Popen(
