@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+STEP = EXAMPLE.with_name("steps") / "4_several_nodes.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 SLURM_CONF = """
@@ -175,8 +176,8 @@ def start_on(hosts, port, *words):
 
 def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
     """Catches ranks that meet at an address only one host can reach, and nodes that are taken for one."""
-    checkpoint = tmp_path / "shared.pt"
-    nodes = start_on(hosts, 29611, "--nproc-per-node", 2, EXAMPLE, "--epochs", 2, "--checkpoint", checkpoint)
+    files = ("--snapshot", tmp_path / "shared.pt", "--data", tmp_path / "data.pt")
+    nodes = start_on(hosts, 29611, "--nproc-per-node", 2, STEP, "--epochs", 2, *files)
     try:
         results = [node.communicate(timeout=90) for node in nodes]
     finally:
@@ -187,7 +188,9 @@ def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
         assert node.returncode == 0, errors
     assert results[0][0].count("test accuracy") == 1
     assert "test accuracy" not in results[1][0]
-    assert checkpoint.exists()
+    for rank, (output, _) in enumerate(results):
+        assert f"local_world_size=2 (LOCAL_WORLD_SIZE), node_rank={rank} (GROUP_RANK), host={hosts[0][1]}" in output
+    assert (tmp_path / "shared.pt").exists()
 
 
 TRAINS_ON = """
