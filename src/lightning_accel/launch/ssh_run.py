@@ -22,6 +22,7 @@ from typing import IO
 
 from lightning_accel.connections import UNREACHABLE_SECONDS
 from lightning_accel.environment import DEFAULT_PORT, variable
+from lightning_accel.launch.arguments import port, positive
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
@@ -93,20 +94,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshd"
     )
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on each host (default: 1)")
+    parser.add_argument("--nproc-per-node", type=positive, default=1, metavar="N", help="processes on each host (default: 1)")
     parser.add_argument("--master-addr", metavar="NAME", help="where ranks meet (default: the first host's name)")
-    parser.add_argument("--master-port", type=int, default=DEFAULT_PORT, metavar="PORT", help="of that (default: %(default)s)")
-    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="for ssh's -o; may be repeated")
+    parser.add_argument(
+        "--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="port there (default: %(default)s)"
+    )
+    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="of ssh (-o); may be repeated")
     parser.add_argument(
         "--env",
         action="append",
         default=[],
         type=parse_variable,
         metavar="NAME[=VALUE]",
-        help="for the processes; may be repeated",
+        help="variable for the processes; may be repeated",
     )
-    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="on each host (default: this one)")  # noqa: PTH109
-    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="on each host (default: this one)")
+    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="where to start on each host (default: here)")  # noqa: PTH109
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
     parser.add_argument("--interface", metavar="NAME", help="network interface for messages, such as eth0")
     parser.add_argument("script", help="what to run: a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it")
