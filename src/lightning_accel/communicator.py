@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.collectives import Group, Scratch, backend_of
+from lightning_accel.connections import watch_connections
 from lightning_accel.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class Communicator:
         name: the algorithm's, for messages.
         process_group: whose ranks take part; None is the default group. It carries nothing of ours: groups of our own do.
         device: of the tensors.
-        timeout: of a collective; None takes the backend's default.
+        timeout: of a collective; None takes that of `process_group`.
         topology: ranks by node.
     """
 
@@ -179,7 +180,7 @@ class Communicator:
         self.name = name
         self._parent = parent
         self._device = device
-        self._timeout = timeout
+        self._timeout = timeout or _timeout_of(parent, device)
         self.topology = topology
         self.rank = dist.get_rank(parent)
         self.world_size = dist.get_world_size(parent)
@@ -286,7 +287,7 @@ class Communicator:
             CommunicationError: if anything failed, now or before.
         """
         started = progress = time.perf_counter()
-        limit = (self._timeout or default_pg_timeout).total_seconds() + _GRACE_SECONDS
+        limit = self._timeout.total_seconds() + _GRACE_SECONDS
         with self._changed:
             first = None
             while self._pending and self._uses_threads:
@@ -352,6 +353,7 @@ class Communicator:
         if backend_of(self._owned[-1], _CPU) == "gloo":
             # A rank that closes the group at once would cut off those that still connect.
             dist.all_reduce(torch.zeros(1), group=self._owned[-1])
+            watch_connections()
         return Group(self._owned[-1])
 
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
@@ -440,6 +442,13 @@ class Communicator:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
             del process_group
+
+
+def _timeout_of(process_group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    # A group made of another one has torch's default, not the other's.
+    options = getattr(process_group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", default_pg_timeout)
+    return timeout
 
 
 _at_exit: weakref.WeakSet[Communicator] = weakref.WeakSet()

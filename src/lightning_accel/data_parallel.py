@@ -66,7 +66,7 @@ def wrap(
         model: on its device; its parameters become rank 0's.
         optimizers: one or several, over the model's parameters: their steps tell the algorithm where a round ends.
         algorithm: a name, or an `Algorithm` object.
-        timeout: of the algorithm's collectives; None takes the backend's default.
+        timeout: of the algorithm's collectives; None takes that of the process group.
         **options: of the algorithm, such as `codec`, and of DistributedDataParallel, such as `bucket_cap_mb`.
             gradient_as_bucket_view is True unless given.
 

@@ -21,6 +21,7 @@ def state():
         "threads for a kernel": torch.get_num_threads(),
         "random": torch.get_rng_state().tolist(),
         "ddp": {name: id(value) for name, value in vars(torch.nn.parallel.DistributedDataParallel).items()},
+        "module": {name: id(value) for name, value in vars(torch.nn.Module).items()},
         "tensor": {name: id(value) for name, value in vars(torch.Tensor).items()},
         "all_reduce": id(dist.all_reduce),
     }
