@@ -13,7 +13,9 @@ from lightning_accel.algorithms import (
     BoundAlgorithm,
     ByteGrad,
     Context,
+    Decentralized,
     GradientAllReduce,
+    LowPrecisionDecentralized,
     register_algorithm,
 )
 from lightning_accel.checkpoint import load_checkpoint, save_checkpoint
@@ -43,7 +45,9 @@ __all__ = [
     "ByteGrad",
     "CommunicationError",
     "Context",
+    "Decentralized",
     "GradientAllReduce",
+    "LowPrecisionDecentralized",
     "Replica",
     "Statistics",
     "add_arguments",

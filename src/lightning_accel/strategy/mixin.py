@@ -35,10 +35,13 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
-        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", another registered name,
+            or an `Algorithm` object.
+        codec: bytegrad, low_precision_decentralized: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
         parallel_devices: devices of this node.
         cluster_environment: ranks and addresses.
@@ -78,9 +81,17 @@ class AccelMixin(_Base):
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "hierarchical": hierarchical,
+            "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
+        }
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
