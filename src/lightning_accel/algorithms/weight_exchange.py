@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +32,8 @@ class WeightExchange(BoundAlgorithm):
         ValueError: for weights that cannot be sent; on all ranks alike, before anything is.
     """
 
+    ranks_differ = True
+
     def __init__(self, context: Context, hierarchical: Hierarchical, *, widen: bool = False) -> None:
         super().__init__(context)
         ddp, communicator = context.ddp, self.communicator
@@ -57,9 +58,9 @@ class WeightExchange(BoundAlgorithm):
         self._exchanged: list[torch.futures.Future[torch.Tensor]] = []
         ddp.broadcast_buffers = False
 
-    @abstractmethod
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
         """Overwrites this rank's share of a buffer by what it becomes with `peers`, two or more. Runs in the background."""
+        raise NotImplementedError
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuses LBFGS."""
