@@ -79,6 +79,10 @@ class BoundAlgorithm:
     """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
     `reduce_gradients`, and memory is passed over once less."""
 
+    averages: Sequence[torch.nn.Module] = ()
+    """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
+    on another device."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator
