@@ -133,6 +133,7 @@ def between_micro_batches(rank, world_size):
         training.step()
         training.check(simulation.weights[rank], "the step after it")
         if isinstance(options, LowPrecisionDecentralized):
+            training.backward(2)
             check_replicas(training)
         training.replica.close()
 
