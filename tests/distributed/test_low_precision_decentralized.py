@@ -65,7 +65,16 @@ def check_consensus(training, simulation, what):
                 (Options(hierarchical=True), 1, [[0], [1]], ROUNDS),
             ],
         ),
-        (3, [(Options(), 1, None, 50), (Options("bf16", 3), 2, None, ROUNDS), (Options("fp16"), 1, None, ROUNDS)]),
+        (
+            3,
+            [
+                (Options(), 1, None, 50),
+                (Options("bf16", 3), 2, None, ROUNDS),
+                (Options("fp16"), 1, None, ROUNDS),
+                (Options("int4"), 1, None, 4),
+                (Options("sign"), 1, None, 4),
+            ],
+        ),
         (
             4,
             [
