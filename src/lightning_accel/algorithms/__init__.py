@@ -9,7 +9,9 @@ from lightning_accel.algorithms.base import (
     register_algorithm,
 )
 from lightning_accel.algorithms.bytegrad import ByteGrad
+from lightning_accel.algorithms.decentralized import Decentralized
 from lightning_accel.algorithms.gradient_allreduce import GradientAllReduce
+from lightning_accel.algorithms.low_precision_decentralized import LowPrecisionDecentralized
 from lightning_accel.algorithms.qadam import QAdamAlgorithm
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "BoundAlgorithm",
     "ByteGrad",
     "Context",
+    "Decentralized",
     "GradientAllReduce",
+    "LowPrecisionDecentralized",
     "QAdamAlgorithm",
     "algorithm_names",
     "make_algorithm",

@@ -86,6 +86,10 @@ class BoundAlgorithm:
     """Whether weights, and with them optimizers and gradient scalers, come to differ between ranks: then a checkpoint keeps
     each rank's."""
 
+    averages: Sequence[torch.nn.Module] = ()
+    """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
+    on another device."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator

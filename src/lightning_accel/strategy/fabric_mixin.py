@@ -34,12 +34,16 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
-        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", another
+            registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
             int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
         **kwargs: of Fabric's DDPStrategy, such as process_group_backend, timeout, start_method, and of torch's
             DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
@@ -59,10 +63,19 @@ class FabricAccelMixin(_Base):
         error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "error_feedback": error_feedback,
+            "hierarchical": hierarchical,
+            "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
+        }
         of_base = inspect.signature(super().__init__).parameters
         check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import lightning_accel_autoload
 from lightning_accel import rank_state
@@ -34,12 +35,16 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
-        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", another
+            registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
             int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
         parallel_devices: devices of this node.
         cluster_environment: ranks and addresses.
@@ -80,9 +85,18 @@ class AccelMixin(_Base):
         error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "error_feedback": error_feedback,
+            "hierarchical": hierarchical,
+            "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
+        }
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
@@ -253,6 +267,9 @@ class AccelMixin(_Base):
 
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
+            callbacks = self.lightning_module._trainer.callbacks
+            held = [value for callback in callbacks for value in vars(callback).values()]
+            self._replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
             self._replica.consensus()
 
     def _state(self) -> rank_state.State:
