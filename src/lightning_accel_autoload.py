@@ -15,7 +15,7 @@ import importlib.util
 import sys
 from typing import Any
 
-ALGORITHMS = ("gradient_allreduce", "bytegrad")
+ALGORITHMS = ("gradient_allreduce", "bytegrad", "async")
 """Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
 
 _ROOTS = {

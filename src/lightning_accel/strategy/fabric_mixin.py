@@ -34,10 +34,12 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
+        algorithm: "gradient_allreduce", "bytegrad", "async", another registered name, or an `Algorithm` object.
         codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
         **kwargs: of Fabric's DDPStrategy, such as process_group_backend, timeout, start_method, and of torch's
             DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
@@ -56,10 +58,18 @@ class FabricAccelMixin(_Base):
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "hierarchical": hierarchical,
+            "average": average,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
+        }
         of_base = inspect.signature(super().__init__).parameters
         check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)

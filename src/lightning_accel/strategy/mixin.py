@@ -35,10 +35,12 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", another registered name, or an `Algorithm` object.
+        algorithm: "gradient_allreduce", "bytegrad", "async", another registered name, or an `Algorithm` object.
         codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
         parallel_devices: devices of this node.
         cluster_environment: ranks and addresses.
@@ -78,9 +80,17 @@ class AccelMixin(_Base):
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "hierarchical": hierarchical,
+            "average": average,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
+        }
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
