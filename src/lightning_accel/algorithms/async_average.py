@@ -220,25 +220,29 @@ class _AsyncAverage(BoundAlgorithm):
 
     # The averaging thread's part.
 
-    def meet(self) -> bool:
-        """One meeting of all ranks: shall we average, shall we end? False if that was the last one.
+    def meet(self) -> float | None:
+        """One meeting of all ranks: shall we average, shall we end? Each rank's part of a sum is a yes or no.
 
-        Every rank's part of the sum is a yes or no, so all ranks decide alike.
+        Returns:
+            Seconds to the next one; None if this was the last.
         """
         self.communicator.check()
         with self._lock:
             overdue_seconds = _clock() - self._due
             has_new = self._is_snapshot_new or self._is_stopping or overdue_seconds >= self._interval_seconds
             is_ready = self._has_contribution and overdue_seconds >= 0 and has_new
-            self._flags.copy_(torch.tensor([self._is_stopping, self._termination_requested, is_ready]))
+            was_stopping = self._is_stopping
+            self._flags.copy_(torch.tensor([was_stopping, self._termination_requested, is_ready]))
         self.communicator.all_reduce_now(self._flags, self._lane)
         stopping, terminating, ready = self._flags.tolist()
         self.is_terminating |= terminating > 0
         if stopping == self._world_size:
-            return False
+            return None
         if ready == self._world_size:
             self._average()
-        return True
+        with self._lock:
+            has_news = self._is_stopping and not was_stopping
+            return 0.0 if has_news else min(self._interval_seconds, _MEETING_SECONDS)
 
     def _average(self) -> None:
         with self._lock:
@@ -272,9 +276,9 @@ def _meet(averaging: Callable[[], _AsyncAverage | None], lock: threading.Conditi
         attached = averaging()
         if attached is None:
             raise RuntimeError("the replica was dropped without being closed")
-        if not attached.meet():
+        seconds = attached.meet()
+        if seconds is None:
             return
-        seconds = min(attached._interval_seconds, _MEETING_SECONDS)
         del attached
         with lock:
             lock.wait(seconds)

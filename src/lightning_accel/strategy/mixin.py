@@ -17,6 +17,7 @@ from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
 from lightning_accel.strategy.arguments import check_arguments, check_device
+from lightning_accel.strategy.sigterm import SigtermRelay
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
@@ -106,6 +107,7 @@ class AccelMixin(_Base):
         )
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replica: Replica | None = None
+        self._sigterm: SigtermRelay | None = None
         self._restored: dict[str, Any] | None = None
         self._final_state: dict[str, Any] | None = None
         self._statistics = Statistics()
@@ -137,6 +139,8 @@ class AccelMixin(_Base):
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
+            if self._replica.algorithm.relays_termination and self.world_size > 1:
+                self._sigterm = SigtermRelay(trainer, self._replica.algorithm, self._reach_consensus)
 
     def optimizer_step(
         self,
@@ -219,6 +223,9 @@ class AccelMixin(_Base):
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
         self._close_replica()
+        if self._sigterm is not None:
+            self._sigterm.end()
+            self._sigterm = None
         self._restored = None  # by a validation, perhaps: the next fit may be another one
         super().teardown()
 
@@ -237,6 +244,8 @@ class AccelMixin(_Base):
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
             self._replica.consensus()
+            if self._sigterm is not None:
+                self._sigterm.stop_if_terminating()
 
     def _apply_restored(self) -> None:
         if self._replica is None or self._restored is None:
