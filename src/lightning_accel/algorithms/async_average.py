@@ -140,11 +140,8 @@ class _AsyncAverage(BoundAlgorithm):
     def before_forward(self) -> None:
         if self._world_size == 1:
             return
-        if not self._is_running and not self._is_paused:
-            self._is_running = True
-            self._due = _clock() + self._interval_seconds
-            meet = partial(_meet, weakref.ref(self), self._lock)
-            self.communicator.run(_LABEL, meet, self._lane)
+        if not self._is_paused:
+            self._start()
         if self.is_in_lockstep:
             return
         with self._lock:
@@ -168,6 +165,8 @@ class _AsyncAverage(BoundAlgorithm):
     def resume(self) -> None:
         self._is_paused = False  # the next round starts it, when all ranks have come out of their pause
 
+    @torch.inference_mode(False)  # Lightning's validation begins inside of it, and the thread would get tensors of that kind
+    @torch.no_grad()
     def consensus(self) -> None:
         if self._world_size == 1:
             return
@@ -199,13 +198,24 @@ class _AsyncAverage(BoundAlgorithm):
         self._has_correction = self._has_contribution = False
         self._rounds = int(state["rounds"])
 
+    def _start(self) -> None:
+        if self._is_running:
+            return
+        self._is_running = True
+        self._due = _clock() + self._interval_seconds
+        self.communicator.run(_LABEL, partial(_meet, weakref.ref(self), self._lock), self._lane)
+
     def _stop(self) -> None:
-        """Ends the meetings, on all ranks: then this thread has all to itself."""
-        if not self._is_running:
+        """Ends the meetings, on all ranks; from then on this thread has all to itself.
+
+        A rank that has not trained since the last stop may come to this one too: it meets the others for this alone.
+        """
+        if self._world_size == 1:
             return
         with self._lock:
             self._is_stopping = True
             self._lock.notify_all()
+        self._start()
         self.communicator.join("pause")
         self._is_running = self._is_stopping = self._is_snapshot_new = False
 
