@@ -239,12 +239,12 @@ class Net(torch.nn.Module):
         return (self.weight * gradient).sum()
 
 
-def free_running(rank, **options):
+def free_running(rank, timeout=TIMEOUT, **options):
     """A replica whose threads meet by the real clock."""
     ddp = DistributedDataParallel(Net())
     optimizer = torch.optim.SGD(ddp.parameters(), lr=RATE)
     options = {"sync_interval_ms": 10, "warmup_steps": WARMUP_STEPS, **options}
-    replica = Replica(ddp, AsyncAverage(**options), [optimizer], timeout=options.pop("timeout", TIMEOUT))
+    replica = Replica(ddp, AsyncAverage(**options), [optimizer], timeout=timeout)
 
     def train(rounds=1):
         for _ in range(rounds):
@@ -415,3 +415,195 @@ def warm_up(rank, world_size):
 def test_warm_up_equals_ddp():
     """Catches gradients divided in another way, a warm-up that is one round short or long, and averaging during it."""
     run_ranks(warm_up, 3)
+
+
+def failing(rank, world_size, how):
+    """Rank 1 fails while both train; rank 0 learns of it at one of its next rounds."""
+    ddp, replica, train = free_running(rank)
+    train(WARMUP_STEPS)
+    poll(lambda: train() or replica.algorithm.averagings > 1, "no averaging")
+    started = time.monotonic()
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "closed":
+            replica.close()
+        if how == "dropped":
+            ddp._forward_pre_hooks.clear()
+            del replica, train, ddp
+            poll(lambda: gc.collect() >= 0 and not own_threads(), "the thread of a replica that is gone")
+            return True
+        if how == "interrupted":
+            # While it waits in a pause for rank 0, which does not come.
+            threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                replica.pause()
+            replica.close()
+        if how == "averaging":
+
+            def broken(*args, **options):
+                raise ValueError("injected")
+
+            original, communicator.dist.all_reduce = communicator.dist.all_reduce, broken
+    if rank == 0 or how == "averaging":
+        with pytest.raises(CommunicationError, match=rf"async: averaging failed on rank {rank} of 2") as caught:
+            poll(lambda: train(), "rank 0 never learns of it")
+        assert caught.value.__cause__ is not None
+        with pytest.raises(CommunicationError):
+            replica.pause()
+        with pytest.raises(CommunicationError):
+            replica.consensus()
+    if how == "averaging" and rank == 1:
+        communicator.dist.all_reduce = original
+    replica.close()
+    assert time.monotonic() - started < MOMENTS_SECONDS
+    assert own_threads() == []
+    return True
+
+
+@pytest.mark.parametrize("how", ["killed", "closed", "dropped", "interrupted", "averaging"])
+def test_a_failure_on_one_rank_ends_the_other(how):
+    """Catches a rank that trains on by itself for good, an averaging thread that outlives its replica, and a close that
+    waits for a message that never comes."""
+    killed = how == "killed"
+    assert run_ranks(failing, 2, how, lost={1} if killed else ()) == [True, None if killed else True]
+
+
+def not_joined(rank, world_size):
+    """Rank 1 trains on; its averaging thread answers, but the pause is not complete."""
+    communicator._GRACE_SECONDS = 0.5
+    _, replica, train = free_running(rank, timedelta(seconds=1), warmup_steps=0)
+    train(3)
+    if rank == 0:
+        with pytest.raises(CommunicationError, match=r"async: pause failed on rank 0 .*other ranks did not join within 2 s"):
+            replica.pause()
+    else:
+        with pytest.raises(CommunicationError):
+            poll(lambda: train(), "rank 1 trains on although rank 0 has given up")
+    replica.close()
+
+
+def test_a_pause_that_one_rank_never_joins_ends_in_time():
+    """Catches a wait whose bound begins anew with each answer of the other rank's thread."""
+    run_ranks(not_joined, 2)
+
+
+def skipping(rank, world_size):
+    """Rank 1's gradients overflow, so its scaler skips the steps, and its scale is another."""
+    ddp, replica, _ = free_running(rank, warmup_steps=0)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=RATE)
+    replica.attach_optimizers([optimizer])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def train():
+        optimizer.zero_grad()
+        scaler.scale(ddp(float("inf") if rank else 1.0)).backward()
+        replica.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+
+    poll(lambda: train() or replica.algorithm.averagings >= 5, "a rank that skips its steps is waited for")
+    replica.consensus()
+    assert ddp.module.weight.isfinite().all()
+    assert (ddp.module.weight < 1).all()  # rank 0's steps
+    others = ddp.module.weight.detach().clone()
+    dist.broadcast(others, 0)
+    assert torch.equal(ddp.module.weight.detach(), others)
+    assert replica.algorithm.state_dict() == {"rounds": replica.rounds}
+    replica.close()
+    return replica.rounds, scaler.get_scale()
+
+
+def test_a_scaler_that_skips_steps_on_one_rank():
+    """Catches rounds that only an optimizer's step ends, and averagings that wait for one."""
+    (rounds, scale), (others_rounds, others_scale) = run_ranks(skipping, 2)
+    assert min(rounds, others_rounds) >= 5
+    assert others_scale < scale
+
+
+def plainly(rank, world_size, folder):
+    """wrap, with, unwrap and checkpoints."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        return model, torch.optim.Adam(model.parameters())
+
+    def train(ddp, optimizer, rounds):
+        for _ in range(rounds):
+            optimizer.zero_grad()
+            ddp(torch.randn(4, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+
+    path = Path(folder) / "async.pt"
+    model, optimizer = make()
+    with accel.wrap(model, optimizer, "async", sync_interval_ms=5, warmup_steps=1) as ddp:
+        train(ddp, optimizer, 3)
+        poll(lambda: train(ddp, optimizer, 1) or ddp.replica.algorithm.averagings > 0, "no averaging")
+        accel.save_checkpoint(path, ddp, optimizer)
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        rounds = ddp.replica.rounds
+        met = ddp.replica.algorithm.averagings
+        poll(lambda: train(ddp, optimizer, 1) or ddp.replica.algorithm.averagings > met, "no averaging")
+        # What was averaged before the weights were loaded must not move them.
+        ddp.replica.algorithm._has_correction = True
+        accel.load_checkpoint(path, ddp, optimizer)
+        ddp.replica.consensus()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        # Rank 0's counters.
+        counts = [None] * world_size
+        dist.all_gather_object(counts, (rounds, ddp.replica.rounds, ddp.replica.algorithm.state_dict()["rounds"]))
+        assert {restored for _, *both in counts for restored in both} == {counts[0][0]}
+        met = ddp.replica.algorithm.averagings
+        poll(lambda: train(ddp, optimizer, 1) or ddp.replica.algorithm.averagings > met, "no averaging")
+        if rank == 1:
+            time.sleep(0.2)
+            train(ddp, optimizer, 3)
+    # The block's end has waited for rank 1.
+    assert spread_of(model) == 0
+    assert own_threads() == []
+
+    model, optimizer = make()
+    ddp = accel.wrap(model, optimizer, accel.AsyncAverage(sync_interval_ms=5))
+    train(ddp, optimizer, 20)
+    assert accel.unwrap(ddp) is model
+    assert spread_of(model) == 0
+
+    # An exception that is one rank's alone.
+    model, optimizer = make()
+    with pytest.raises((ValueError, CommunicationError)) as caught, accel.wrap(model, optimizer, "async") as ddp:
+        train(ddp, optimizer, 3)
+        if rank == 1:
+            raise ValueError("mine")
+        poll(lambda: train(ddp, optimizer, 1), "rank 0 trains on")
+    assert caught.type is (ValueError if rank else CommunicationError)
+
+    model, optimizer = make()
+    with pytest.raises(ValueError, match="async does not go with find_unused_parameters=True: DDP then waits"):
+        accel.wrap(model, optimizer, "async", find_unused_parameters=True)
+    with pytest.raises(ValueError, match="async does not go with LBFGS"):
+        accel.wrap(model, torch.optim.LBFGS(model.parameters()), "async")
+    return True
+
+
+def test_plain_pytorch(tmp_path):
+    """Catches ends and files with weights that differ between ranks, a correction applied to weights it was not made for,
+    an end that an exception turns into a hang, and options that cannot work but are taken."""
+    assert run_ranks(plainly, 2, str(tmp_path)) == [True, True]
+
+
+def alone(rank, world_size):
+    ddp, replica, train = free_running(rank, warmup_steps=0)
+    train(3)
+    for moment in (replica.consensus, replica.pause, replica.resume, replica.consensus):
+        moment()
+    assert ddp.module.weight[0].item() == 1.0 - 3 * RATE
+    assert own_threads() == []
+    replica.close()
+
+
+def test_a_single_process_averages_with_nobody():
+    """Catches a thread and messages where there is nobody to talk to."""
+    run_ranks(alone, 1)
