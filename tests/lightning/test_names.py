@@ -25,6 +25,7 @@ BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
     "accel_bytegrad": {"algorithm": "bytegrad"},
+    "accel_async": {"algorithm": "async"},
     "accel_spawn": {"start_method": "spawn"},
     "accel_fork": {"start_method": "fork"},
     "accel_notebook": {"start_method": "fork"},
