@@ -241,7 +241,7 @@ class Communicator:
             stages: procedures, each with its lane; they start messages in groups of that lane only.
             first_waits: whether the first one waits for other ranks. One that does not may run here and now.
         """
-        self._count_full_precision(tensor)
+        self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         is_idle = not self._pending
         if not self._begin(task):
@@ -259,7 +259,7 @@ class Communicator:
 
         Arguments and failures as in `submit`.
         """
-        self._count_full_precision(tensor)
+        self._full_precision_bytes += self._ring_bytes(tensor)
         lane.group.sent_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         if not self._begin(task):
@@ -271,7 +271,7 @@ class Communicator:
                 done.value()
             except Exception as error:
                 self._fail(error, label)
-            self._count_seconds(started)
+            self.count_seconds(started)
             self._finish(task)
 
         try:
@@ -314,11 +314,15 @@ class Communicator:
 
     def all_reduce_now(self, tensor: torch.Tensor, lane: Lane) -> None:
         """Sums `tensor`, on the CPU, over all ranks, and returns when it is done; for procedures that `run` has started."""
-        self._count_full_precision(tensor)
         lane.group.sent_bytes += self._ring_bytes(tensor)
         started = time.perf_counter()
         _start_all_reduce(tensor, lane).wait()
-        self._count_seconds(started)
+        self.count_seconds(started)
+
+    def count_seconds(self, started: float) -> None:
+        """Counts the time since `started`, of `time.perf_counter`, as spent in communication."""
+        with self._changed:
+            self._communication_seconds += time.perf_counter() - started
 
     def join(self, label: str) -> None:
         """Waits for all that `run` has started, at most for the groups' timeout and some grace, and counts the time.
@@ -429,14 +433,6 @@ class Communicator:
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
         return 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
 
-    def _count_full_precision(self, tensor: torch.Tensor) -> None:
-        with self._changed:
-            self._full_precision_bytes += self._ring_bytes(tensor)
-
-    def _count_seconds(self, started: float) -> None:
-        with self._changed:
-            self._communication_seconds += time.perf_counter() - started
-
     def _begin(self, task: _Task) -> bool:
         """Notes a task as pending; False when communication has failed and nothing more may be issued."""
         with self._changed:
@@ -461,7 +457,7 @@ class Communicator:
         try:
             with _on_stream(lane, task.tensor, ready) as written:
                 procedure()
-                self._count_seconds(started)
+                self.count_seconds(started)
                 # Still on the lane's stream: delivering records an event there, for whoever takes the result.
                 self._run_stages(task, stages[1:], written())
         except BaseException as error:

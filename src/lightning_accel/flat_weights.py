@@ -60,12 +60,6 @@ class FlatWeights:
         for buffer, weights in zip(buffers, self._weights, strict=True):
             torch._foreach_copy_(weights, self._views[id(buffer)])
 
-    @torch.no_grad()
-    def add(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Adds to the weights what buffers made by `allocate` hold; not while a backward may still need them."""
-        for buffer, weights in zip(buffers, self._weights, strict=True):
-            torch._foreach_add_(weights, self._views[id(buffer)])
-
 
 def _views(buffer: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The part of a buffer that belongs to each weight, in its shape."""
