@@ -6,6 +6,7 @@
 #endif
 
 #include "lightning_accel/check.h"
+#include "weights.h"
 
 namespace accel::cpu {
 namespace {
@@ -21,17 +22,18 @@ bool has_f16c() {
 struct InstructionSet {
   const char* name;
   const Kernels* kernels;
+  const WeightKernels* weight_kernels;
 };
 
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels}};
+  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels, &baseline::weight_kernels}};
 #if defined(ACCEL_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && has_f16c()) {
-    sets.push_back({"avx2", &avx2::kernels});
+    sets.push_back({"avx2", &avx2::kernels, &avx2::weight_kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      sets.push_back({"avx512", &avx512::kernels});
+      sets.push_back({"avx512", &avx512::kernels, &avx512::weight_kernels});
     }
   }
 #endif
@@ -54,6 +56,8 @@ std::vector<std::string> instruction_sets() {
 }
 
 std::string instruction_set() { return current().name; }
+
+const WeightKernels& weight_kernels() { return *current().weight_kernels; }
 
 void use_instruction_set(const std::string& name) {
   for (const InstructionSet& set : available()) {

@@ -14,7 +14,9 @@ from lightning_accel.algorithms import (
     BoundAlgorithm,
     ByteGrad,
     Context,
+    Decentralized,
     GradientAllReduce,
+    LowPrecisionDecentralized,
     register_algorithm,
 )
 from lightning_accel.checkpoint import load_checkpoint, save_checkpoint
@@ -45,7 +47,9 @@ __all__ = [
     "ByteGrad",
     "CommunicationError",
     "Context",
+    "Decentralized",
     "GradientAllReduce",
+    "LowPrecisionDecentralized",
     "Replica",
     "Statistics",
     "add_arguments",

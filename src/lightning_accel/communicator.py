@@ -231,7 +231,7 @@ class Communicator:
         )
 
     def submit(
-        self, label: str, tensor: torch.Tensor, *stages: Stage, first_waits: bool = True
+        self, label: str, tensor: torch.Tensor, *stages: Stage, first_waits: bool = True, is_gradient: bool = True
     ) -> torch.futures.Future[torch.Tensor]:
         """Runs procedures that overwrite `tensor`, one after the other, in the background; in the same order on all ranks.
 
@@ -240,8 +240,10 @@ class Communicator:
             tensor: what the future delivers; where communication failed, with its local value, and `wait` raises.
             stages: procedures, each with its lane; they start messages in groups of that lane only.
             first_waits: whether the first one waits for other ranks. One that does not may run here and now.
+            is_gradient: whether an uncompressed all_reduce of `tensor` is what `full_precision_bytes` counts.
         """
-        self._full_precision_bytes += self._ring_bytes(tensor)
+        if is_gradient:
+            self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         is_idle = not self._pending
         if not self._begin(task):
@@ -279,6 +281,10 @@ class Communicator:
         except Exception as error:
             self._fail(error, label)
         return task.future
+
+    def count_full_precision(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Counts what an uncompressed all_reduce of their gradients sends: once a round, by algorithms that send weights."""
+        self._full_precision_bytes += sum(self._ring_bytes(tensor) for tensor in tensors)
 
     def run(self, label: str, procedure: Callable[[], None], lane: Lane) -> None:
         """Lets a lane's thread run a procedure that takes as long as it likes: `join` waits for it, `wait` does not.

@@ -10,7 +10,9 @@ from lightning_accel.algorithms.base import (
     register_algorithm,
 )
 from lightning_accel.algorithms.bytegrad import ByteGrad
+from lightning_accel.algorithms.decentralized import Decentralized
 from lightning_accel.algorithms.gradient_allreduce import GradientAllReduce
+from lightning_accel.algorithms.low_precision_decentralized import LowPrecisionDecentralized
 
 __all__ = [
     "Algorithm",
@@ -18,7 +20,9 @@ __all__ = [
     "BoundAlgorithm",
     "ByteGrad",
     "Context",
+    "Decentralized",
     "GradientAllReduce",
+    "LowPrecisionDecentralized",
     "algorithm_names",
     "make_algorithm",
     "register_algorithm",

@@ -34,10 +34,13 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "async", another registered name, or an `Algorithm` object.
-        codec: bytegrad: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", "async",
+            another registered name, or an `Algorithm` object.
+        codec: bytegrad, low_precision_decentralized: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
         sync_interval_ms: async: milliseconds between averagings.
         warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
@@ -58,6 +61,8 @@ class FabricAccelMixin(_Base):
         codec: str | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
         sync_interval_ms: int | None = None,
         warmup_steps: int | None = None,
         gradient_as_bucket_view: bool = True,
@@ -67,6 +72,8 @@ class FabricAccelMixin(_Base):
             "codec": codec,
             "hierarchical": hierarchical,
             "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
             "sync_interval_ms": sync_interval_ms,
             "warmup_steps": warmup_steps,
         }
