@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,9 +56,9 @@ class WeightExchange(BoundAlgorithm):
         self._exchanged: list[torch.futures.Future[torch.Tensor]] = []
         ddp.broadcast_buffers = False
 
-    @abstractmethod
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
         """Overwrites this rank's share of a buffer by what it becomes with `peers`, two or more. Runs in the background."""
+        raise NotImplementedError
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuses LBFGS."""

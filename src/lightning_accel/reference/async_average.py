@@ -25,6 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_accel.reference.weights import mean
+
 
 class AsyncAverage:
     """One parameter on n ranks.
@@ -52,31 +54,24 @@ class AsyncAverage:
         self.v[rank] = _wide(self.x[rank])
 
     def average(self) -> None:
-        """Sums in rank order; a backend's own order may differ from three ranks on."""
-        s = _mean(self.v)
+        """What was averaged before and was not applied yet stays in d."""
+        s = mean(self.v)
         self.d = [d - v + s for d, v in zip(self.d, self.v, strict=True)]
         self.v = [s.clone() for _ in self.v]
 
     def correct(self, rank: int) -> None:
         """At the start of a round, when no averaging is in flight."""
-        self.x[rank] = self.x[rank] + self.d[rank].to(self.x[rank].dtype)
+        self.x[rank] = (self.x[rank] + self.d[rank]).to(self.x[rank].dtype)
         self.d[rank] = torch.zeros_like(self.d[rank])
 
     def consensus(self) -> None:
         """Before validation, test, predict, checkpoint and the end of fit."""
         for rank in range(len(self.x)):
             self.correct(rank)
-        s = _mean([_wide(x) for x in self.x])
+        s = mean([_wide(x) for x in self.x])
         self.x = [s.to(x.dtype) for x in self.x]
         self.v = [s.clone() for _ in self.v]
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total / len(tensors)
