@@ -194,11 +194,14 @@ def test_a_sigterm_on_one_rank_saves_and_stops_all(terminated: Any, case: str) -
         assert seen["caught"] == "SIGTERMException"
         assert seen["received"]
         assert seen["file"]
-        assert 3 <= seen["batches"] < 2000
+        assert seen["batches"] < 2000
         assert seen["replaced"] == []
         assert seen["handler"]
         assert seen["left"] == []
     assert torch.equal(one["saved"], other["saved"])
+    assert max(one["batches"], other["batches"]) > 3
+    if case == "warm-up":
+        assert one["batches"] == other["batches"]
     assert torch.equal(terminated[0]["again"], terminated[1]["again"])
 
 
