@@ -1,41 +1,29 @@
 // Means and differences of weights. Compiled once for each instruction set, as kernels.cpp is; internal linkage throughout.
 #include "weights.h"
 
-#include <algorithm>
-
-#include "spans.h"
-
 namespace accel::cpu::ACCEL_ISA {
 namespace {
 
-// values <- row's elements.
+constexpr int kChunk = 128;  // elements; their sums stay in the first cache while all rows are added to them
+
 template <class T>
 ACCEL_INLINE void load_row(const T* __restrict__ row, int numel, MeanValue<T>* __restrict__ values) {
-  if constexpr (std::is_same_v<T, Half>) {
-    load_halves(row, numel, values);
-  } else {
-    for (int i = 0; i < numel; ++i) {
-      values[i] = load_for_mean(row[i]);
-    }
+  for (int i = 0; i < numel; ++i) {
+    values[i] = load_for_mean(row[i]);
   }
 }
 
 template <class T>
 ACCEL_INLINE void store_row(const MeanValue<T>* __restrict__ values, int numel, T* __restrict__ row) {
-  if constexpr (std::is_same_v<T, Half>) {
-    store_halves(values, numel, row);
-  } else {
-    for (int i = 0; i < numel; ++i) {
-      row[i] = store_mean<T>(values[i]);
-    }
+  for (int i = 0; i < numel; ++i) {
+    row[i] = store_mean<T>(values[i]);
   }
 }
 
-// Chunk by chunk: a chunk's sum stays in the first cache while all rows are added to it.
 template <class T>
 void mean_of(const T* rows, int64_t count, T* out, int64_t numel) {
   for (int64_t start = 0; start < numel; start += kChunk) {
-    const int length = static_cast<int>(std::min<int64_t>(kChunk, numel - start));
+    const int length = numel - start < kChunk ? static_cast<int>(numel - start) : kChunk;
     MeanValue<T> sums[kChunk];
     load_row(rows + start, length, sums);
     for (int64_t k = 1; k < count; ++k) {

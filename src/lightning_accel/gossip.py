@@ -21,8 +21,8 @@ def mean(
     """Replaces `buffer` by its mean over a group, or by what `between` makes of that.
 
     1. all_to_all: each rank receives all ranks' values of its share, 1/n of the buffer.
-    2. The share's mean. The sum runs in rank order in float64 (float32 for 16-bit floats), so the mean of equal weights is, to
-       the bit, the weight.
+    2. The share's mean. The sum runs in rank order in float64 (float32 for 16-bit floats), so the mean of equal weights is the
+       weight, to the bit (of float64, up to its last place).
     3. `between` works on the share: in a node, with the ranks of equal local rank, so that all carry what leaves the node.
     4. all_gather.
 

@@ -25,6 +25,8 @@ BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
     "accel_bytegrad": {"algorithm": "bytegrad"},
+    "accel_decentralized": {"algorithm": "decentralized"},
+    "accel_low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
     "accel_async": {"algorithm": "async"},
     "accel_spawn": {"start_method": "spawn"},
     "accel_fork": {"start_method": "fork"},

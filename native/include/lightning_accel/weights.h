@@ -10,8 +10,8 @@
 
 namespace accel {
 
-// What a mean is computed in: float64, and float32 for 16-bit floats. Then the sum of equal weights is exact, up to some 2^16
-// ranks, and so their mean is the weight itself.
+// What a mean is computed in: float64, and float32 for 16-bit floats. Then the sum of equal weights is exact, up to thousands of
+// ranks, and so their mean is the weight itself (of float64, up to its last place).
 template <class T>
 using MeanValue = std::conditional_t<sizeof(T) == 2, float, double>;
 

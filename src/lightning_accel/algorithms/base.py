@@ -79,6 +79,10 @@ class BoundAlgorithm:
     """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
     `reduce_gradients`, and memory is passed over once less."""
 
+    averages: Sequence[torch.nn.Module] = ()
+    """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
+    on another device."""
+
     relays_termination = False
     """Whether ranks tell each other that one of them is to end (SIGTERM) by messages that the algorithm sends anyway. Then
     nobody waits for all others at each batch to hear of it; see docs/design/0006-sigterm.md."""

@@ -32,6 +32,8 @@ class WeightExchange(BoundAlgorithm):
         ValueError: for weights that cannot be sent; on all ranks alike, before anything is.
     """
 
+    ranks_differ = True
+
     def __init__(self, context: Context, hierarchical: Hierarchical, *, widen: bool = False) -> None:
         super().__init__(context)
         ddp, communicator = context.ddp, self.communicator
@@ -97,14 +99,19 @@ class WeightExchange(BoundAlgorithm):
             self.weights.scatter(self.buffers)
 
     def consensus(self) -> None:
-        """Takes the mean of all ranks' weights and floating buffers, and rank 0's other buffers; drops what is in flight."""
+        """Takes the mean of all ranks' weights, floating buffers and averages; of what is no number in floating point, rank 0's.
+
+        An exchange in flight is waited for and dropped. Gradients stay.
+        """
         if self.communicator.world_size == 1:
             return
         self._wait()
         ddp, n = self.context.ddp, self.communicator.world_size
-        buffers = [buffer for name, buffer in ddp.module.named_buffers() if name not in ddp.parameters_to_ignore]
-        floating = FlatWeights([buffer for buffer in buffers if buffer.dtype in DTYPES])
-        others = FlatWeights([buffer for buffer in buffers if buffer.dtype not in DTYPES])
+        tensors = [buffer for name, buffer in ddp.module.named_buffers() if name not in ddp.parameters_to_ignore]
+        averages = [tensor for module in self.averages for tensor in (*module.parameters(), *module.buffers())]
+        tensors += [tensor for tensor in averages if tensor.device == self.buffers[0].device]
+        floating = FlatWeights([tensor for tensor in tensors if tensor.dtype in DTYPES])
+        others = FlatWeights([tensor for tensor in tensors if tensor.dtype not in DTYPES])
         exchanged = [
             (self.weights, self.buffers, self._mean),
             (floating, floating.allocate(multiple=n), self._mean),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.reference.codecs import quantise, value_dtype
-from lightning_accel.reference.weights import mean
+from lightning_accel.reference.weights import consensus, mean
 
 
 class LowPrecisionDecentralized:
@@ -33,12 +33,17 @@ class LowPrecisionDecentralized:
         self.codec = codec
         self.nodes = nodes if nodes is not None else [[rank] for rank in range(world_size)]
         self._pieces = _pieces(weights, len(self.nodes[0]), world_size)
-        self.reset(weights)
+        self.own: list[list[Tensor]]
+        self.left: list[list[Tensor]]
+        self.right: list[list[Tensor]]
+        self._reset(weights)
 
-    def reset(self, weights: Sequence[Tensor]) -> None:
-        """All replicas become weights that are equal on all ranks: at the start, and by consensus."""
-        values = [_widened(tensor) for tensor in weights]
-        self.own, self.left, self.right = ([values for _ in self.nodes] for _ in range(3))
+    def consensus(self, weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What every rank holds afterwards, by parameter, if they held `weights` before; replicas become that."""
+        agreed = consensus([[_widened(tensor) for tensor in own] for own in weights], self.nodes)
+        rounded = [value.to(like.dtype) for value, like in zip(agreed, weights[0], strict=True)]
+        self._reset(rounded)
+        return rounded
 
     def exchange(self, weights: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """What each rank holds after an exchange, by parameter, if it held `weights` before."""
@@ -66,6 +71,11 @@ class LowPrecisionDecentralized:
                 results[rank] = [x.to(like.dtype) for x, like in zip(by_node[m], weights[rank], strict=True)]
         return results
 
+    def _reset(self, weights: Sequence[Tensor]) -> None:
+        values = [_widened(tensor) for tensor in weights]
+        self.own = [values for _ in self.nodes]
+        self.left, self.right = list(self.own), list(self.own)
+
     def _quantised(self, values: Tensor, pieces: Sequence[int]) -> Tensor:
         parts = values.flatten().to(value_dtype(self.codec, values.dtype)).split_with_sizes(list(pieces))
         return torch.cat([quantise(part, self.codec) for part in parts]).to(values.dtype).reshape(values.shape)
@@ -83,7 +93,7 @@ def _pieces(weights: Sequence[Tensor], shares: int, world_size: int) -> list[lis
                 break
             begin += other.numel()
         edges = [min(max(k * (total // shares), begin), begin + tensor.numel()) for k in range(shares + 1)]
-        pieces.append([stop - start for start, stop in zip(edges, edges[1:], strict=False)])
+        pieces.append([edges[k + 1] - edges[k] for k in range(shares)])
     return pieces
 
 

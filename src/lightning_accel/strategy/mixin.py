@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import lightning_accel_autoload
 from lightning_accel.algorithms import Algorithm, make_algorithm
@@ -250,6 +251,9 @@ class AccelMixin(_Base):
 
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
+            callbacks = self.lightning_module._trainer.callbacks
+            held = [value for callback in callbacks for value in vars(callback).values()]
+            self._replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
             self._replica.consensus()
             if self._sigterm is not None:
                 self._sigterm.stop_if_terminating()
