@@ -66,6 +66,15 @@ class Training:
         self.replica = Replica(self.ddp, AsyncAverage(**options), [self.optimizer], timeout=TIMEOUT)
         self.algorithm = self.replica.algorithm
         self.steps = 0
+        self.may_average = threading.Event()
+        self.may_average.set()
+        mean = async_average.gossip.mean
+
+        def held_mean(*args):
+            assert self.may_average.wait(20)
+            mean(*args)
+
+        async_average.gossip.mean = held_mean
 
     @property
     def weights(self):
@@ -84,6 +93,12 @@ class Training:
 
     def become_late(self):
         self.now = self.algorithm._due + self.algorithm._interval_seconds
+
+    def hold(self):
+        self.may_average.clear()
+
+    def release(self):
+        self.may_average.set()
 
     def wait_for_averaging(self, number):
         deadline = time.monotonic() + 20
@@ -144,6 +159,9 @@ SCHEDULE = (
     ("late", 0), ("late", 1), ("average",), ("round", 0),
     # Rank 0 has not applied what it got when the next averaging is over.
     ("due", 1), ("round", 1), ("late", 0), ("average",), ("due", 1), ("round", 1), ("late", 0), ("average",), ("round", 0),
+    # An averaging takes its time. Rank 1 still has to apply what it got from the one before, and must not do it now.
+    ("due", 0), ("round", 0), ("late", 1), ("average",), ("round", 0), ("hold",), ("due", 0), ("round", 0), ("late", 1),
+    ("in flight",), ("round", 0), ("round", 1), ("round", 1), ("release",), ("average",), ("round", 1), ("round", 0), ("round", 1),
     # A snapshot that was not averaged yet is dropped by consensus, and a correction is applied once.
     ("due", 0), ("round", 0), ("consensus",), ("round", 1), ("round", 0), ("due", 0), ("round", 0), ("due", 1), ("round", 1),
     ("average",), ("consensus",), ("consensus",), ("round", 0), ("pause",), ("round", 1), ("round", 0), ("resume",), ("round", 0),
@@ -168,9 +186,15 @@ def follow_schedule(rank, world_size):
         references.step(r)
     averagings = 0
     due = [False] * world_size
+    is_held = False
     for number, (event, *arguments) in enumerate(SCHEDULE):
         ranks = [r for r in range(world_size) if not arguments or min(r, 1) == arguments[0]]
-        if event in ("due", "late"):
+        if event in ("hold", "release"):
+            getattr(training, event)()
+            is_held = event == "hold"
+        elif event == "in flight":
+            poll(lambda: training.algorithm._is_averaging, "no averaging")
+        elif event in ("due", "late"):
             for r in ranks:
                 due[r] = event == "due"
             if rank in ranks:
@@ -184,7 +208,8 @@ def follow_schedule(rank, world_size):
             if rank in ranks:
                 training.round(micro_batches=2 if event == "accumulated" else 1)
             for r in ranks:
-                references.each("correct", r)
+                if not is_held:
+                    references.each("correct", r)
                 if due[r]:
                     references.each("snapshot", r)
                     due[r] = False
