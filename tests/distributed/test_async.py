@@ -161,7 +161,7 @@ SCHEDULE = (
     ("due", 1), ("round", 1), ("late", 0), ("average",), ("due", 1), ("round", 1), ("late", 0), ("average",), ("round", 0),
     # An averaging takes its time. Rank 1 still has to apply what it got from the one before, and must not do it now.
     ("due", 0), ("round", 0), ("late", 1), ("average",), ("round", 0), ("hold",), ("due", 0), ("round", 0), ("late", 1),
-    ("in flight",), ("round", 0), ("round", 1), ("round", 1), ("release",), ("average",), ("round", 1), ("round", 0), ("round", 1),
+    ("in flight",), ("round", 0), ("round", 1), ("round", 1), ("release",), ("average",), ("round", 1), ("round", 0),
     # A snapshot that was not averaged yet is dropped by consensus, and a correction is applied once.
     ("due", 0), ("round", 0), ("consensus",), ("round", 1), ("round", 0), ("due", 0), ("round", 0), ("due", 1), ("round", 1),
     ("average",), ("consensus",), ("consensus",), ("round", 0), ("pause",), ("round", 1), ("round", 0), ("resume",), ("round", 0),
