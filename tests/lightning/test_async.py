@@ -134,6 +134,20 @@ class Signalled(Net):
         return super().training_step(batch, batch_idx)
 
 
+class SignalledInBetween(Signalled):
+    """A rank gets it, and has time to tell the others, when these have begun the next batch, if nothing holds them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return Net.training_step(self, batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        if args[-1] == self.at_batch and self.global_rank in self.ranks:
+            time.sleep(0.2)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+
+
 class OnSave(Callback):
     """Notes the weights that OnExceptionCheckpoint saves on this rank."""
 
@@ -147,7 +161,8 @@ def _terminated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         "rank 0": (Signalled((0,)), {}, {}),
         "rank 1": (Signalled((1,)), {}, {}),
         "both": (Signalled((0, 1)), {}, {}),
-        "warm-up": (Signalled((1,)), {"warmup_steps": 1000}, {}),
+        "warm-up": (SignalledInBetween((1,)), {"warmup_steps": 1000}, {}),
+        "in between": (SignalledInBetween((1,)), {}, {}),
         "validations": (Signalled((1,)), {}, {"val_check_interval": 4, "limit_val_batches": 1}),
         "last batch": (Signalled((1,), at_batch=7), {}, {"limit_train_batches": 8, "max_epochs": 10_000}),
     }
@@ -185,7 +200,7 @@ def terminated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     return run_ranks(_terminated, 2, str(tmp_path_factory.mktemp("sigterm")))
 
 
-@pytest.mark.parametrize("case", ["rank 0", "rank 1", "both", "warm-up", "validations", "last batch"])
+@pytest.mark.parametrize("case", ["rank 0", "rank 1", "both", "warm-up", "in between", "validations", "last batch"])
 def test_a_sigterm_on_one_rank_saves_and_stops_all(terminated: Any, case: str) -> None:
     """Catches a signal that stops one rank alone, ranks that wait for each other in different places, files of different
     models, and Lightning's handler or loop left replaced."""
