@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from lightning_fits import Net, fit, points, trainer, weights
 
 from helpers.ranks import own_threads, run_ranks
-from lightning_accel import AccelStrategy
+from lightning_accel import AccelStrategy, AsyncAverage
+from lightning_accel.fabric import AccelStrategy as FabricStrategy
 
 TIMEOUT = timedelta(seconds=40)
 
@@ -249,8 +250,21 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
             caught = "nothing"
         seen[name] = caught, time.monotonic() - started, own_threads()
         dist.barrier()
+    with pytest.raises(ValueError, match="async does not go with find_unused_parameters=True"):
+        fit(_strategy(find_unused_parameters=True), rank, world_size)
     seen["again"] = weights(fit(_strategy(), rank, world_size))
     return seen
+
+
+@pytest.mark.parametrize("strategy", [AccelStrategy, FabricStrategy])
+def test_wrong_options_are_refused_by_the_constructor(strategy: type) -> None:
+    """Catches options that one of the strategies does not pass on, and those that reach an algorithm that has none such."""
+    assert strategy("async", sync_interval_ms=7, warmup_steps=3).algorithm == AsyncAverage(7, 3)
+    for options in ({"sync_interval_ms": 0}, {"sync_interval_ms": -5}, {"warmup_steps": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be a .*number"):
+            strategy("async", **options)
+    with pytest.raises(TypeError, match=r"'bytegrad' takes codec, .*: got 'warmup_steps'"):
+        strategy("bytegrad", warmup_steps=3)
 
 
 def test_exceptions_leave_no_thread_and_no_hang() -> None:
