@@ -4,6 +4,7 @@
     python examples/digits.py --algorithm gradient_allreduce
     python examples/digits.py --codec bf16
     python examples/digits.py --algorithm decentralized --communication-interval 2
+    python examples/digits.py --algorithm qadam --codec sign
 
 The digits come with scikit-learn: 1797 images of 8 x 8 pixels. Needs the extra `examples`.
 """
@@ -24,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import AccelStrategy
+from lightning_accel import AccelStrategy, QAdam
 
 
 class Digits(LightningModule):
@@ -55,7 +56,10 @@ class Digits(LightningModule):
         return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.parameters())
+        if self.trainer.strategy.algorithm.name == "qadam":
+            optimizer = QAdam(self.parameters(), warmup_steps=self.num_steps // 3)
+        else:
+            optimizer = torch.optim.Adam(self.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -31,6 +31,15 @@ void check_wire(const Plan& plan, uintptr_t address, int64_t bytes, const char* 
               "the " << name << " must lie at a multiple of " << kWireAlignment << " bytes, got address " << address);
 }
 
+// Both or none; 0 is none.
+Residuals residuals_at(const Plan& plan, uintptr_t old, uintptr_t updated, int64_t numel) {
+  ACCEL_CHECK((old == 0) == (updated == 0), "residuals need both memories, the old ones and the updated ones");
+  ACCEL_CHECK(old == 0 || numel >= plan.residual_numel(),
+              "the plan needs residuals of at least " << plan.residual_numel() << " elements, got " << numel);
+  ACCEL_CHECK(old == 0 || plan.codec() != CodecId::kNone, "codec none loses nothing: it takes no residuals");
+  return {reinterpret_cast<const float*>(old), reinterpret_cast<float*>(updated)};
+}
+
 template <class OnCpu, class OnCuda>
 void launch(const Place& place, OnCpu on_cpu, OnCuda on_cuda) {
   py::gil_scoped_release release;
@@ -62,16 +71,17 @@ void* memory_at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 void register_codecs(py::module_& module) {
   module.def(
       "encode",
-      [](const Plan& plan, uintptr_t tensor, int64_t numel, uintptr_t wire, int64_t wire_bytes, uintptr_t segments,
-         uintptr_t stream) {
+      [](const Plan& plan, uintptr_t tensor, int64_t numel, uintptr_t wire, int64_t wire_bytes, uintptr_t old, uintptr_t updated,
+         int64_t residual_numel, uintptr_t segments, uintptr_t stream) {
         check_tensor(plan, tensor, numel);
         check_wire(plan, wire, wire_bytes, "message");
+        const Residuals residuals = residuals_at(plan, old, updated, residual_numel);
         launch(
-            {segments, stream}, [&] { cpu::encode(plan, memory_at(tensor), mutable_bytes_at(wire)); },
-            ACCEL_ON_CUDA(cuda::encode(plan, segments, memory_at(tensor), mutable_bytes_at(wire), stream)));
+            {segments, stream}, [&] { cpu::encode(plan, memory_at(tensor), mutable_bytes_at(wire), residuals); },
+            ACCEL_ON_CUDA(cuda::encode(plan, segments, memory_at(tensor), mutable_bytes_at(wire), residuals, stream)));
       },
-      py::arg("plan"), py::arg("tensor"), py::arg("numel"), py::arg("wire"), py::arg("wire_bytes"), py::arg("segments"),
-      py::arg("stream"));
+      py::arg("plan"), py::arg("tensor"), py::arg("numel"), py::arg("wire"), py::arg("wire_bytes"), py::arg("old"),
+      py::arg("updated"), py::arg("residual_numel"), py::arg("segments"), py::arg("stream"));
 
   module.def(
       "decode",
@@ -102,7 +112,8 @@ void register_codecs(py::module_& module) {
   module.def(
       "decode_sum_encode",
       [](const Plan& plan, uintptr_t messages, int64_t messages_bytes, int64_t count, int64_t stride_bytes, float divisor,
-         uintptr_t wire, int64_t wire_bytes, uintptr_t segments, uintptr_t stream) {
+         uintptr_t wire, int64_t wire_bytes, uintptr_t old, uintptr_t updated, int64_t residual_numel, uintptr_t segments,
+         uintptr_t stream) {
         ACCEL_CHECK(count >= 1, "at least one message is needed, got " << count);
         ACCEL_CHECK(stride_bytes >= plan.wire_bytes() && stride_bytes % kWireAlignment == 0,
                     "messages must lie a multiple of " << kWireAlignment << " bytes apart, at least " << plan.wire_bytes()
@@ -110,12 +121,14 @@ void register_codecs(py::module_& module) {
         check_wire(plan, messages, messages_bytes - (count - 1) * stride_bytes, "last message");
         check_wire(plan, wire, wire_bytes, "message");
         const Messages source{bytes_at(messages), count, stride_bytes};
+        const Residuals residuals = residuals_at(plan, old, updated, residual_numel);
         launch(
-            {segments, stream}, [&] { cpu::decode_sum_encode(plan, source, divisor, mutable_bytes_at(wire)); },
-            ACCEL_ON_CUDA(cuda::decode_sum_encode(plan, segments, source, divisor, mutable_bytes_at(wire), stream)));
+            {segments, stream}, [&] { cpu::decode_sum_encode(plan, source, divisor, mutable_bytes_at(wire), residuals); },
+            ACCEL_ON_CUDA(cuda::decode_sum_encode(plan, segments, source, divisor, mutable_bytes_at(wire), residuals, stream)));
       },
       py::arg("plan"), py::arg("messages"), py::arg("messages_bytes"), py::arg("count"), py::arg("stride_bytes"),
-      py::arg("divisor"), py::arg("wire"), py::arg("wire_bytes"), py::arg("segments"), py::arg("stream"));
+      py::arg("divisor"), py::arg("wire"), py::arg("wire_bytes"), py::arg("old"), py::arg("updated"), py::arg("residual_numel"),
+      py::arg("segments"), py::arg("stream"));
 }
 
 }  // namespace accel

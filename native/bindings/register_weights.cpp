@@ -39,7 +39,7 @@ void register_weights(py::module_& module) {
         check_memory(out, numel);
         const DType type = static_cast<DType>(dtype);
         launch(
-            is_cuda, [&] { cpu::weight_kernels().mean(type, memory_at(rows), count, memory_at(out), numel); },
+            is_cuda, [&] { cpu::mean(type, memory_at(rows), count, memory_at(out), numel); },
             ACCEL_ON_CUDA(cuda::mean(type, memory_at(rows), count, memory_at(out), numel, memory_at(stream))));
         (void)stream;
       },
@@ -54,10 +54,7 @@ void register_weights(py::module_& module) {
         }
         const DType type = static_cast<DType>(dtype);
         launch(
-            is_cuda,
-            [&] {
-              cpu::weight_kernels().ring_difference(type, memory_at(x), memory_at(w), memory_at(left), memory_at(right), numel);
-            },
+            is_cuda, [&] { cpu::ring_difference(type, memory_at(x), memory_at(w), memory_at(left), memory_at(right), numel); },
             ACCEL_ON_CUDA(cuda::ring_difference(type, memory_at(x), memory_at(w), memory_at(left), memory_at(right), numel,
                                                 memory_at(stream))));
         (void)stream;

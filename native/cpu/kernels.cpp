@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "lightning_accel/dispatch.h"
+#include "packed.h"
 #include "spans.h"
 
 namespace accel::cpu::ACCEL_ISA {
@@ -15,33 +16,41 @@ namespace {
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
 template <class Codec>
+constexpr bool kIsPacked = Codec::kCodeBits < 8;
+
+// Here a block is what one scale covers. The codes of a packed block are bytes with several elements each.
+template <class Codec>
 struct BlockView {
   const typename Codec::Header* header;
-  const typename Codec::Code* codes;
+  const std::conditional_t<kIsPacked<Codec>, uint8_t, typename Codec::Code>* codes;
 };
 
 template <class Codec>
 ACCEL_INLINE BlockView<Codec> block_view(const Segment& segment, int64_t block, const uint8_t* wire) {
+  constexpr int64_t kCodesBytes = Codec::kScaleNumel * Codec::kCodeBits / 8;
   const uint8_t* start = wire + segment.wire_offset;
-  return {reinterpret_cast<const typename Codec::Header*>(start + block * Codec::kHeaderBytes),
-          reinterpret_cast<const typename Codec::Code*>(start + headers_bytes<Codec>(segment.numel)) + block * kBlockNumel};
+  const uint8_t* codes = start + headers_bytes<Codec>(segment.numel) + block * kCodesBytes;
+  BlockView<Codec> view{reinterpret_cast<const typename Codec::Header*>(start + block * Codec::kHeaderBytes), nullptr};
+  view.codes = reinterpret_cast<decltype(view.codes)>(codes);
+  return view;
 }
 
-// numel is kBlockNumel, known to the compiler, for all blocks but a segment's last.
-template <class Body>
+// numel is kScaleNumel, known to the compiler, for all blocks but a segment's last.
+template <class Codec, class Body>
 ACCEL_INLINE void for_each_block(const Plan& plan, Body body) {
   for (const Segment& segment : plan.segments()) {
-    const int64_t full = segment.numel / kBlockNumel;
+    const int64_t full = segment.numel / Codec::kScaleNumel;
     for (int64_t block = 0; block < full; ++block) {
-      body(segment, block, kBlockNumel);
+      body(segment, block, Codec::kScaleNumel);
     }
-    if (const int ragged = static_cast<int>(segment.numel - full * kBlockNumel); ragged > 0) {
+    if (const int ragged = static_cast<int>(segment.numel - full * Codec::kScaleNumel); ragged > 0) {
       body(segment, full, ragged);
     }
   }
 }
 
-// Calls body(start, length) for each chunk; length is kChunk, known to the compiler, for all chunks but the last.
+// Calls body(start, length) for each chunk of at most kChunk elements; length is kChunk, known to the compiler, for all chunks
+// but the last.
 template <class Body>
 ACCEL_INLINE void for_each_chunk(int numel, Body body) {
   const int whole = numel / kChunk * kChunk;
@@ -141,10 +150,38 @@ __attribute__((noinline)) void encode_full_blocks(const Segment& segment, const 
   }
 }
 
-// A block whose values are at hand: a segment's ragged last one, or a sum.
+// A block whose values are at hand.
 template <class Codec>
 __attribute__((noinline)) void encode_values(const typename Codec::Value* values, int numel, BlockView<Codec> out) {
-  write_block<Codec>(typename Codec::Grid(statistic_of<Codec>(values, numel)), values, numel, out, false, [](int, int) {});
+  if constexpr (std::is_same_v<Codec, Sign>) {
+    encode_signs(values, numel, const_cast<Sign::Header*>(out.header), const_cast<uint8_t*>(out.codes));
+  } else if constexpr (kIsPacked<Codec>) {
+    const typename Codec::Grid grid(statistic_of<Codec>(values, numel));
+    *const_cast<typename Codec::Header*>(out.header) = grid.header;
+    typename Codec::Code codes[Codec::kScaleNumel] = {};
+    if (!grid.is_blank) {
+      encode_span<Codec>(grid, values, numel, codes);
+    }
+    pack_nibbles(codes, numel, const_cast<uint8_t*>(out.codes));
+  } else {
+    write_block<Codec>(typename Codec::Grid(statistic_of<Codec>(values, numel)), values, numel, out, false, [](int, int) {});
+  }
+}
+
+// The elements of a block, as values.
+template <class Codec, class Tensor>
+ACCEL_INLINE const typename Codec::Value* load_block(const Tensor* tensor, const Segment& segment, int64_t block, int numel,
+                                                     typename Codec::Value* buffer) {
+  return load_span(tensor + segment.tensor_offset + block * Codec::kScaleNumel, numel, buffer);
+}
+
+template <class Codec, class Tensor>
+void encode_by_block(const Plan& plan, const Tensor* tensor, uint8_t* wire) {
+  for_each_block<Codec>(plan, [&](const Segment& segment, int64_t block, int numel) {
+    typename Codec::Value buffer[Codec::kScaleNumel];
+    encode_values<Codec>(load_block<Codec>(tensor, segment, block, numel, buffer), numel,
+                         block_view<Codec>(segment, block, wire));
+  });
 }
 
 template <class Codec, class Tensor>
@@ -168,28 +205,66 @@ void encode_as(const Plan& plan, const Tensor* tensor, uint8_t* wire) {
   }
 }
 
-// Calls body(start, length, value) for each chunk, where value(i) is its element i.
+// Calls body(start, length, value) for each chunk, where value(i) is its element i. A poisoned block needs no branch: its scale
+// is NaN, and so is every product with it.
 template <class Codec, class Body>
 ACCEL_INLINE void decode_block(BlockView<Codec> block, int numel, Body body) {
   typename Codec::Header header{};
-  bool is_poisoned = false;
   if constexpr (Codec::kHeaderBytes > 0) {
     header = *block.header;
-    is_poisoned = Codec::is_poisoned(header);
   }
   for_each_chunk(numel, [&](int start, int length) {
-    if (is_poisoned) {
-      body(start, length, [](int) { return typename Codec::Value{canonical_nan()}; });
+    if constexpr (std::is_same_v<Codec, Sign>) {
+      float values[kChunk];
+      decode_signs(header, block.codes, start, length, values);
+      body(start, length, [&](int i) { return values[i]; });
+    } else if constexpr (kIsPacked<Codec>) {
+      static_assert(Codec::kScaleNumel == kChunk, "a block is one chunk");
+      typename Codec::Code codes[kChunk];
+      unpack_nibbles(block.codes, length, codes);
+      body(start, length, [&](int i) { return Codec::decode(header, codes[i]); });
     } else {
       decode_span<Codec>(header, block.codes + start, length, [&](auto value) { body(start, length, value); });
     }
   });
 }
 
+// What the block's code has lost of `values`; where that is not finite, the old residual.
+template <class Codec>
+ACCEL_INLINE void update_residuals(BlockView<Codec> block, const float* values, int numel, const Residuals& residuals) {
+  decode_block<Codec>(block, numel, [&](int start, int length, auto value) {
+    for (int i = start; i < start + length; ++i) {
+      const float lost = values[i] - value(i - start);
+      const bool is_finite = (bit_cast<uint32_t>(lost) & 0x7FFFFFFFu) < kInfinityBits;
+      residuals.updated[i] = is_finite ? lost : residuals.old[i];
+    }
+  });
+}
+
+ACCEL_INLINE Residuals residuals_at(const Residuals& residuals, int64_t place) {
+  return {residuals.old + place, residuals.updated + place};
+}
+
+template <class Codec, class Tensor>
+void encode_with_feedback_as(const Plan& plan, const Tensor* tensor, uint8_t* wire, const Residuals& residuals) {
+  for_each_block<Codec>(plan, [&](const Segment& segment, int64_t block, int numel) {
+    const Residuals of_block = residuals_at(residuals, segment.residual_offset + block * Codec::kScaleNumel);
+    float buffer[Codec::kScaleNumel];
+    float sums[Codec::kScaleNumel] = {};
+    const float* values = load_block<Codec>(tensor, segment, block, numel, buffer);
+    for (int i = 0; i < numel; ++i) {
+      sums[i] = values[i] + of_block.old[i];
+    }
+    const BlockView<Codec> out = block_view<Codec>(segment, block, wire);
+    encode_values<Codec>(sums, numel, out);
+    update_residuals<Codec>(out, sums, numel, of_block);
+  });
+}
+
 template <class Codec, class Tensor>
 void decode_as(const Plan& plan, const uint8_t* wire, Tensor* tensor) {
-  for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    Tensor* target = tensor + segment.tensor_offset + block * kBlockNumel;
+  for_each_block<Codec>(plan, [&](const Segment& segment, int64_t block, int numel) {
+    Tensor* target = tensor + segment.tensor_offset + block * Codec::kScaleNumel;
     decode_block<Codec>(block_view<Codec>(segment, block, wire), numel,
                         [&](int start, int length, auto value) { store_span(value, length, target + start); });
   });
@@ -198,8 +273,8 @@ void decode_as(const Plan& plan, const uint8_t* wire, Tensor* tensor) {
 template <class Codec>
 void decode_accumulate_as(const Plan& plan, const uint8_t* wire, typename Codec::Value* accumulator) {
   using Value = typename Codec::Value;
-  for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    Value* target = accumulator + segment.tensor_offset + block * kBlockNumel;
+  for_each_block<Codec>(plan, [&](const Segment& segment, int64_t block, int numel) {
+    Value* target = accumulator + segment.tensor_offset + block * Codec::kScaleNumel;
     decode_block<Codec>(block_view<Codec>(segment, block, wire), numel, [&](int start, int length, auto value) {
       // Inf - Inf makes other NaN bits on other machines: store_value makes the canonical one.
       Value* __restrict__ sums = target + start;
@@ -211,10 +286,10 @@ void decode_accumulate_as(const Plan& plan, const uint8_t* wire, typename Codec:
 }
 
 template <class Codec>
-void decode_sum_encode_as(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire) {
+void decode_sum_encode_as(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire, const Residuals& residuals) {
   using Value = typename Codec::Value;
-  for_each_block(plan, [&](const Segment& segment, int64_t block, int numel) {
-    Value sum[kBlockNumel];
+  for_each_block<Codec>(plan, [&](const Segment& segment, int64_t block, int numel) {
+    Value sum[Codec::kScaleNumel];
     const auto copy = [&](int start, int length, auto value) { copy_span(value, length, sum + start); };
     const auto add = [&](int start, int length, auto value) { add_span(value, length, sum + start); };
     decode_block<Codec>(block_view<Codec>(segment, block, messages.wire), numel, copy);
@@ -224,14 +299,37 @@ void decode_sum_encode_as(const Plan& plan, const Messages& messages, float divi
     for (int i = 0; i < numel; ++i) {
       sum[i] /= static_cast<Value>(divisor);
     }
-    encode_values<Codec>(sum, numel, block_view<Codec>(segment, block, wire));
+    const BlockView<Codec> out = block_view<Codec>(segment, block, wire);
+    if constexpr (std::is_same_v<Value, float>) {
+      if (residuals.old != nullptr) {
+        const Residuals of_block = residuals_at(residuals, segment.residual_offset + block * Codec::kScaleNumel);
+        for (int i = 0; i < numel; ++i) {
+          sum[i] += of_block.old[i];
+        }
+        encode_values<Codec>(sum, numel, out);
+        update_residuals<Codec>(out, sum, numel, of_block);
+        return;
+      }
+    }
+    encode_values<Codec>(sum, numel, out);
   });
 }
 
-void encode(const Plan& plan, const void* tensor, uint8_t* wire) {
+void encode(const Plan& plan, const void* tensor, uint8_t* wire, const Residuals& residuals) {
   visit_codec(plan.codec(), plan.dtype(), [&](auto codec, auto element) {
-    using Tensor = typename decltype(element)::type;
-    encode_as<typename decltype(codec)::type>(plan, static_cast<const Tensor*>(tensor), wire);
+    using Codec = typename decltype(codec)::type;
+    const auto* elements = static_cast<const typename decltype(element)::type*>(tensor);
+    if constexpr (std::is_same_v<typename Codec::Value, float>) {
+      if (residuals.old != nullptr) {
+        encode_with_feedback_as<Codec>(plan, elements, wire, residuals);
+        return;
+      }
+    }
+    if constexpr (kIsPacked<Codec>) {
+      encode_by_block<Codec>(plan, elements, wire);
+    } else {
+      encode_as<Codec>(plan, elements, wire);
+    }
   });
 }
 
@@ -249,9 +347,10 @@ void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator)
   });
 }
 
-void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire) {
-  visit_codec(plan.codec(), plan.dtype(),
-              [&](auto codec, auto) { decode_sum_encode_as<typename decltype(codec)::type>(plan, messages, divisor, wire); });
+void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire, const Residuals& residuals) {
+  visit_codec(plan.codec(), plan.dtype(), [&](auto codec, auto) {
+    decode_sum_encode_as<typename decltype(codec)::type>(plan, messages, divisor, wire, residuals);
+  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Means and differences of weights. Compiled once for each instruction set, as kernels.cpp is; internal linkage throughout.
-#include "weights.h"
+#include "kernels.h"
 
 namespace accel::cpu::ACCEL_ISA {
 namespace {

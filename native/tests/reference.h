@@ -16,7 +16,7 @@ using accel::CodecId;
 using accel::DType;
 
 constexpr int64_t kBlock = 512;
-constexpr int kNumCodecs = 5;
+constexpr int kNumCodecs = 7;
 constexpr int kNumDTypes = 4;
 
 // A binary floating-point format: one sign bit, `exponent_bits`, `fraction_bits`. The machine knows 4 and 8 bytes itself.
@@ -126,14 +126,65 @@ struct Codec {
   bool is_cast() const { return id == CodecId::kNone || id == CodecId::kFp16 || id == CodecId::kBf16; }
   Format wire() const { return id == CodecId::kFp16 ? kHalf : id == CodecId::kBf16 ? kBFloat16 : format_of(dtype); }
   Format value() const { return id == CodecId::kNone && dtype == DType::kFloat64 ? kDouble : kFloat; }
-  int64_t header_bytes() const { return id == CodecId::kInt8 ? 4 : id == CodecId::kMinMaxUInt8 ? 8 : 0; }
-  int64_t code_bytes() const { return is_cast() ? wire().bytes : 1; }
+  bool is_symmetric() const { return id == CodecId::kInt8 || id == CodecId::kInt4; }
+  int64_t scale_numel() const { return id == CodecId::kInt4 ? 128 : kBlock; }
+  int64_t header_bytes() const { return is_symmetric() ? 4 : id == CodecId::kMinMaxUInt8 ? 8 : id == CodecId::kSign ? 6 : 0; }
+  int64_t code_bits() const { return is_cast() ? 8 * wire().bytes : id == CodecId::kInt4 ? 4 : id == CodecId::kSign ? 1 : 8; }
 };
 
 inline int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-inline int64_t blocks(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
+inline int64_t scales(const Codec& codec, int64_t numel) { return (numel + codec.scale_numel() - 1) / codec.scale_numel(); }
+inline int64_t code_bytes(const Codec& codec, int64_t numel) { return (numel * codec.code_bits() + 7) / 8; }
 inline int64_t segment_bytes(const Codec& codec, int64_t numel) {
-  return padded(blocks(numel) * codec.header_bytes()) + padded(numel * codec.code_bytes());
+  return padded(scales(codec, numel) * codec.header_bytes()) + padded(code_bytes(codec, numel));
+}
+
+// Writes the low `bits` of `code` as those of element i, counted from the lowest bit of the first byte on.
+inline void put_code(uint8_t* codes, int64_t i, int64_t bits, int code) {
+  for (int64_t bit = 0; bit < bits; ++bit) {
+    const int64_t place = i * bits + bit;
+    codes[place / 8] = static_cast<uint8_t>((codes[place / 8] & ~(1 << place % 8)) | ((code >> bit & 1) << place % 8));
+  }
+}
+inline int get_code(const uint8_t* codes, int64_t i, int64_t bits) {
+  int code = 0;
+  for (int64_t bit = 0; bit < bits; ++bit) {
+    const int64_t place = i * bits + bit;
+    code |= (codes[place / 8] >> place % 8 & 1) << bit;
+  }
+  return code;
+}
+
+inline void encode_signs(const std::vector<double>& values, uint8_t* header, uint8_t* codes) {
+  float sums[32] = {};
+  int live = 0;
+  int live_numel = 0;
+  for (size_t group = 0; group * 32 < values.size(); ++group) {
+    const size_t end = std::min(values.size(), group * 32 + 32);
+    bool is_live = false;
+    for (size_t i = group * 32; i < end; ++i) {
+      const float x = static_cast<float>(values[i]);
+      is_live = is_live || !(x == 0);
+      sums[i % 32] += std::fabs(x) * std::ldexp(1.0f, -10);
+    }
+    live |= is_live << group;
+    live_numel += is_live ? static_cast<int>(end - group * 32) : 0;
+  }
+  for (int half = 16; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
+  }
+  const bool is_poisoned = !std::isfinite(sums[0]);
+  const float scale = live == 0 ? 0.0f : sums[0] / static_cast<float>(live_numel) * 1024.0f;
+  const bool is_zero = !is_poisoned && scale < std::ldexp(1.0f, -100);
+  store(kFloat, header, is_poisoned ? std::numeric_limits<double>::quiet_NaN() : is_zero ? 0.0 : scale);
+  const int marks = is_poisoned ? 0xFFFF : is_zero ? 0 : live;
+  header[4] = static_cast<uint8_t>(marks);
+  header[5] = static_cast<uint8_t>(marks >> 8);
+  for (size_t i = 0; i < values.size(); ++i) {
+    put_code(codes, static_cast<int64_t>(i), 1, !is_poisoned && !is_zero && std::signbit(values[i]));
+  }
 }
 
 inline void encode_block(const Codec& codec, const std::vector<double>& values, uint8_t* header, uint8_t* codes) {
@@ -141,6 +192,11 @@ inline void encode_block(const Codec& codec, const std::vector<double>& values, 
     for (size_t i = 0; i < values.size(); ++i) {
       store(codec.wire(), codes + i * codec.wire().bytes, values[i]);
     }
+    return;
+  }
+  std::memset(codes, 0, code_bytes(codec, static_cast<int64_t>(values.size())));
+  if (codec.id == CodecId::kSign) {
+    encode_signs(values, header, codes);
     return;
   }
   float low = static_cast<float>(values[0]), high = low, absmax = 0;
@@ -153,7 +209,6 @@ inline void encode_block(const Codec& codec, const std::vector<double>& values, 
     absmax = std::fmax(absmax, std::fabs(x));
   }
   std::memset(header, 0, codec.header_bytes());
-  std::memset(codes, 0, values.size());
   if (is_poisoned) {
     store(kFloat, header, std::numeric_limits<double>::quiet_NaN());
     return;
@@ -161,12 +216,14 @@ inline void encode_block(const Codec& codec, const std::vector<double>& values, 
   if (absmax < std::ldexp(1.0, -100)) {
     return;
   }
-  if (codec.id == CodecId::kInt8) {
-    store(kFloat, header, absmax / 127.0f);
-    const float inverse = 127.0f / absmax;
+  if (codec.is_symmetric()) {
+    const float largest = codec.id == CodecId::kInt8 ? 127.0f : 7.0f;
+    store(kFloat, header, absmax / largest);
+    const float inverse = largest / absmax;
     for (size_t i = 0; i < values.size(); ++i) {
       const float level = std::nearbyint(static_cast<float>(values[i]) * inverse);
-      codes[i] = static_cast<uint8_t>(static_cast<int>(std::fmin(std::fmax(level, -127.0f), 127.0f)));
+      put_code(codes, static_cast<int64_t>(i), codec.code_bits(),
+               static_cast<int>(std::fmin(std::fmax(level, -largest), largest)));
     }
     return;
   }
@@ -190,23 +247,31 @@ inline std::vector<double> decode_block(const Codec& codec, const uint8_t* heade
       continue;
     }
     const float scale = static_cast<float>(load(kFloat, header));
-    const float lower = codec.id == CodecId::kInt8 ? 0.0f : static_cast<float>(load(kFloat, header + 4));
-    const float code =
-        codec.id == CodecId::kInt8 ? static_cast<float>(static_cast<int8_t>(codes[i])) : static_cast<float>(codes[i]);
-    values[i] = std::isnan(scale) ? std::numeric_limits<double>::quiet_NaN() : (code + lower) * scale;
+    const int code = get_code(codes, i, codec.code_bits());
+    if (std::isnan(scale)) {
+      values[i] = std::numeric_limits<double>::quiet_NaN();
+    } else if (codec.id == CodecId::kSign) {
+      values[i] = (header[4 + i / 256] >> i / 32 % 8 & 1) == 0 ? 0.0 : code == 1 ? -scale : scale;
+    } else if (codec.is_symmetric()) {
+      const int half = 1 << (codec.code_bits() - 1);
+      values[i] = static_cast<float>(code >= half ? code - 2 * half : code) * scale;
+    } else {
+      values[i] = (static_cast<float>(code) + static_cast<float>(load(kFloat, header + 4))) * scale;
+    }
   }
   return values;
 }
 
-// Calls body(tensor_offset, numel, header, codes) for each block of a message whose segments start at `wire_offsets`.
+// Calls body(tensor_offset, numel, header, codes) for what each scale covers in a message whose segments start at `wire_offsets`.
 template <class Body>
 void for_each_block(const Codec& codec, const std::vector<int64_t>& tensor_offsets, const std::vector<int64_t>& numels,
                     const std::vector<int64_t>& wire_offsets, Body body) {
   for (size_t segment = 0; segment < numels.size(); ++segment) {
-    const int64_t codes = wire_offsets[segment] + padded(blocks(numels[segment]) * codec.header_bytes());
-    for (int64_t start = 0; start < numels[segment]; start += kBlock) {
-      body(tensor_offsets[segment] + start, std::min(kBlock, numels[segment] - start),
-           wire_offsets[segment] + start / kBlock * codec.header_bytes(), codes + start * codec.code_bytes());
+    const int64_t scale_numel = codec.scale_numel();
+    const int64_t codes = wire_offsets[segment] + padded(scales(codec, numels[segment]) * codec.header_bytes());
+    for (int64_t start = 0; start < numels[segment]; start += scale_numel) {
+      body(tensor_offsets[segment] + start, std::min(scale_numel, numels[segment] - start),
+           wire_offsets[segment] + start / scale_numel * codec.header_bytes(), codes + start * codec.code_bits() / 8);
     }
   }
 }

@@ -20,7 +20,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-const char* const kCodecNames[] = {"none", "fp16", "bf16", "int8", "minmax_uint8"};
+const char* const kCodecNames[] = {"none", "fp16", "bf16", "int8", "minmax_uint8", "int4", "sign"};
 const char* const kDTypeNames[] = {"float32", "float16", "bfloat16", "float64"};
 
 using Random = std::mt19937_64;
@@ -271,6 +271,94 @@ void test_operations(const Codec& codec, const Layout& layout, const Kind& kind)
   }
 }
 
+// Error feedback in encode and in decode_sum_encode, with residuals that lie elsewhere than the tensor's elements, updated in
+// place and in memory of their own.
+void test_feedback(const Codec& codec, const Layout& layout, const Kind& kind) {
+  constexpr int64_t kShift = 7;
+  std::vector<int64_t> residual_offsets;
+  for (const int64_t offset : layout.tensor_offsets) {
+    residual_offsets.push_back(offset + kShift);
+  }
+  const Plan plan(codec.id, codec.dtype, layout.tensor_offsets, layout.numels, layout.wire_offsets, residual_offsets);
+  const Format format = reference::format_of(codec.dtype);
+  Random random(23);
+  Memory tensor(layout.tensor_numel * format.bytes, format.bytes);
+  fill(codec, kind, random, tensor);
+  Memory old((layout.tensor_numel + kShift + 2) * 4, 4);
+  fill({codec.id, DType::kFloat32}, kinds().front(), random, old);
+
+  const Memory message = encoded(codec, layout, tensor);
+  const int64_t stride = layout.wire_bytes + 16;
+  Memory messages(3 * stride);
+  for (int rank = 0; rank < 3; ++rank) {
+    std::memcpy(messages.data() + rank * stride, message.data(), layout.wire_bytes);
+  }
+
+  // What both operations must give, from the values that are coded.
+  struct Expected {
+    Memory wire, updated;
+  };
+  const auto expect = [&](const std::function<Blocks(int64_t, int64_t, int64_t, int64_t)>& values_at) {
+    Expected expected{Memory(layout.wire_bytes), Memory(old.bytes(), 4)};
+    for_each_block(codec, layout, [&](int64_t offset, int64_t numel, int64_t header, int64_t codes) {
+      const auto at = [&](const Memory& memory, int64_t i) { return memory.data() + (offset + kShift + i) * 4; };
+      Blocks values = values_at(offset, numel, header, codes);
+      for (int64_t i = 0; i < numel; ++i) {
+        values[i] = static_cast<float>(values[i]) + static_cast<float>(reference::load(reference::kFloat, at(old, i)));
+      }
+      uint8_t* wire = expected.wire.data();
+      reference::encode_block(codec, values, wire + header, wire + codes);
+      const Blocks results = reference::decode_block(codec, wire + header, wire + codes, numel);
+      for (int64_t i = 0; i < numel; ++i) {
+        const float lost = static_cast<float>(values[i]) - static_cast<float>(results[i]);
+        const double updated = std::isfinite(lost) ? lost : reference::load(reference::kFloat, at(old, i));
+        reference::store(reference::kFloat, expected.updated.data() + (offset + kShift + i) * 4, updated);
+      }
+    });
+    return expected;
+  };
+  const Expected of_tensor =
+      expect([&](int64_t offset, int64_t numel, int64_t, int64_t) { return tensor_block(codec, tensor, offset, numel); });
+  const Expected of_sum = expect([&](int64_t, int64_t numel, int64_t header, int64_t codes) {
+    Blocks sum = reference::decode_block(codec, message.data() + header, message.data() + codes, numel);
+    const Blocks once = sum;
+    for (int64_t i = 0; i < numel; ++i) {
+      sum[i] = quotient(codec, sum_of(codec, sum_of(codec, once[i], once[i]), once[i]), 3.0f);
+    }
+    return sum;
+  });
+
+  for (const std::string& isa : accel::cpu::instruction_sets()) {
+    accel::cpu::use_instruction_set(isa);
+    const std::string what = context(codec, std::string(kind.name) + ", error feedback", layout.tensor_numel);
+    for (const bool in_place : {false, true}) {
+      for (const bool is_sum : {false, true}) {
+        Memory wire(layout.wire_bytes), before(old.bytes(), 4), apart(old.bytes(), 4);
+        std::memcpy(before.data(), old.data(), old.bytes());
+        Memory& updated = in_place ? before : apart;
+        const accel::Residuals residuals{reinterpret_cast<const float*>(before.data()), reinterpret_cast<float*>(updated.data())};
+        if (is_sum) {
+          accel::cpu::decode_sum_encode(plan, {messages.data(), 3, stride}, 3.0f, wire.data(), residuals);
+        } else {
+          accel::cpu::encode(plan, tensor.data(), wire.data(), residuals);
+        }
+        const Expected& expected = is_sum ? of_sum : of_tensor;
+        CHECK(wire.difference(expected.wire) < 0,
+              what << (is_sum ? ", sum" : "") << ": the message differs at byte " << wire.difference(expected.wire));
+        for_each_block(codec, layout, [&](int64_t offset, int64_t numel, int64_t, int64_t) {
+          const int64_t start = (offset + kShift) * 4;
+          CHECK(std::memcmp(updated.data() + start, expected.updated.data() + start, numel * 4) == 0,
+                what << (is_sum ? ", sum" : "") << (in_place ? ", in place" : "") << ": the residuals from " << offset << " on");
+        });
+        const Memory& untouched = in_place ? old : expected.updated;
+        CHECK(std::memcmp(updated.data(), untouched.data(), kShift * 4) == 0, what << ": residuals before the first segment");
+        CHECK(std::memcmp(updated.data() + updated.bytes() - 8, untouched.data() + old.bytes() - 8, 8) == 0,
+              what << ": residuals behind the last segment");
+      }
+    }
+  }
+}
+
 // A message long enough to be written past the caches, its parts at places that are a multiple of 16 bytes and not of 64.
 void test_long_message(const Codec& codec, int64_t blocks) {
   Layout layout;
@@ -300,10 +388,10 @@ void test_long_message(const Codec& codec, int64_t blocks) {
   }
 }
 
-// |x' - x| <= scale/2 (1 + 2^-16) for int8. minmax_uint8 rounds x * s and its own s, which counts where |x| is large beside the
-// step: at most 2^-21 absmax more. What is zero stays zero.
+// |x' - x| <= scale/2 (1 + 2^-16) for int8 and int4. minmax_uint8 rounds x * s and its own s, which counts where |x| is large
+// beside the step: at most 2^-21 absmax more. What is zero stays zero.
 void test_error_bounds() {
-  for (const CodecId id : {CodecId::kInt8, CodecId::kMinMaxUInt8}) {
+  for (const CodecId id : {CodecId::kInt8, CodecId::kMinMaxUInt8, CodecId::kInt4}) {
     const Codec codec{id, DType::kFloat32};
     for (const Kind& kind : kinds()) {
       if (!kind.is_bounded) {
@@ -337,12 +425,37 @@ void test_error_bounds() {
   }
 }
 
-// One NaN poisons its block alone: canonical NaN as scale, nothing else but zeros, canonical NaN throughout when decoded.
+// sign: what every element becomes is the mean magnitude of the groups that are not all zeros, with the element's sign.
+void test_signs() {
+  std::vector<float> tensor(512 + 40, 0.0f);
+  for (int i = 0; i < 32; ++i) {
+    tensor[32 + i] = i % 2 == 0 ? 3.0f : -1.0f;  // the first block's only live group: mean magnitude 2
+  }
+  tensor[512 + 35] = -4.0f;  // in a short group of 8: mean magnitude 0.5
+  const Plan plan(CodecId::kSign, DType::kFloat32, {0}, {552}, {-1});
+  CHECK(plan.wire_bytes() == 16 + 80, "sign needs " << plan.wire_bytes() << " bytes");
+  for (const std::string& isa : accel::cpu::instruction_sets()) {
+    accel::cpu::use_instruction_set(isa);
+    Memory wire(plan.wire_bytes());
+    accel::cpu::encode(plan, tensor.data(), wire.data());
+    std::vector<float> result(tensor.size(), 9.0f);
+    accel::cpu::decode(plan, wire.data(), result.data());
+    for (int i = 0; i < 552; ++i) {
+      const float first = i / 32 == 1 ? (i % 2 == 0 ? 2.0f : -2.0f) : 0.0f;
+      const float second = i < 544 ? 0.0f : (i == 547 ? -0.5f : 0.5f);
+      const float expected = i < 512 ? first : second;
+      CHECK(result[i] == expected, isa << ": sign made " << result[i] << " of element " << i << ", expected " << expected);
+    }
+  }
+}
+
+// One NaN poisons what shares its scale, alone: canonical NaN as scale, codes 0, canonical NaN throughout when decoded.
 void test_poison() {
   for (const std::string& isa : accel::cpu::instruction_sets()) {
     accel::cpu::use_instruction_set(isa);
     for (const uint32_t bad : {0x7F800001u, 0xFFC00001u, 0x7F800000u, 0xFF800000u}) {
-      for (const Codec codec : {Codec{CodecId::kInt8, DType::kFloat32}, Codec{CodecId::kMinMaxUInt8, DType::kFloat32}}) {
+      for (const CodecId id : {CodecId::kInt8, CodecId::kMinMaxUInt8, CodecId::kInt4, CodecId::kSign}) {
+        const Codec codec{id, DType::kFloat32};
         std::vector<float> tensor(1536, 1.5f);
         std::memcpy(&tensor[1023], &bad, 4);
         const Plan plan(codec.id, codec.dtype, {0}, {1536}, {-1});
@@ -350,15 +463,19 @@ void test_poison() {
         accel::cpu::encode(plan, tensor.data(), wire.data());
         accel::cpu::decode(plan, wire.data(), tensor.data());
         const std::string what = context(codec, "poison", 1536);
+        const int64_t poisoned = 1023 / codec.scale_numel();
         for (int64_t i = 0; i < codec.header_bytes(); ++i) {
-          CHECK(wire.data()[codec.header_bytes() + i] == (i == 2 ? 0xC0 : i == 3 ? 0x7F : 0), what << ": header byte " << i);
+          const int marks = id == CodecId::kSign ? 0xFF : 0;
+          const int expected = i == 2 ? 0xC0 : i == 3 ? 0x7F : i >= 4 ? marks : 0;
+          CHECK(wire.data()[poisoned * codec.header_bytes() + i] == expected, what << ": header byte " << i);
         }
+        const uint8_t* codes = wire.data() + plan.wire_bytes() - reference::code_bytes(codec, 1536);
         for (int64_t i = 0; i < 1536; ++i) {
           uint32_t bits;
           std::memcpy(&bits, &tensor[i], 4);
-          const bool is_poisoned = i / 512 == 1;
+          const bool is_poisoned = i / codec.scale_numel() == poisoned;
           CHECK(is_poisoned ? bits == 0x7FC00000u : std::fabs(tensor[i] - 1.5f) < 0.01f, what << ": element " << i);
-          CHECK(!is_poisoned || wire.data()[plan.wire_bytes() - 1536 + i] == 0, what << ": code " << i);
+          CHECK(!is_poisoned || codes[i * codec.code_bits() / 8] == 0, what << ": code " << i);
         }
       }
     }
@@ -400,6 +517,9 @@ int main() {
       const Codec codec{static_cast<CodecId>(id), static_cast<DType>(dtype)};
       for (const Kind& kind : kinds()) {
         test_operations(codec, several(codec), kind);
+        if (codec.id != CodecId::kNone) {
+          test_feedback(codec, several(codec), kind);
+        }
       }
       test_operations(codec, whole_blocks(codec), kinds().front());
       for (const int64_t numel : {0, 1, 7, 511, 512, 513, 1000, 3001}) {
@@ -411,6 +531,7 @@ int main() {
   test_long_message({CodecId::kNone, DType::kFloat32}, 8300);
   test_long_message({CodecId::kFp16, DType::kFloat32}, 16500);
   test_error_bounds();
+  test_signs();
   test_poison();
   test_sums();
   return check::report("test_codecs");

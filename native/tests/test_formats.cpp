@@ -39,7 +39,9 @@ int main() {
                                     {CodecId::kFp16, "fp16"},
                                     {CodecId::kBf16, "bf16"},
                                     {CodecId::kInt8, "int8"},
-                                    {CodecId::kMinMaxUInt8, "minmax_uint8"}}) {
+                                    {CodecId::kMinMaxUInt8, "minmax_uint8"},
+                                    {CodecId::kInt4, "int4"},
+                                    {CodecId::kSign, "sign"}}) {
     const Plan plan(codec, DType::kFloat32, {0}, {3}, {-1});
     for (const std::string& isa : accel::cpu::instruction_sets()) {
       accel::cpu::use_instruction_set(isa);

@@ -26,8 +26,8 @@ void test_sizes() {
         const int64_t bytes = reference::segment_bytes(plain, numel);
         CHECK(plan.wire_bytes() == bytes, "codec " << codec << ", dtype " << dtype << ", numel " << numel << ": got "
                                                    << plan.wire_bytes() << ", not " << bytes);
-        CHECK(plan.num_blocks() == reference::blocks(numel), plan.num_blocks());
-        CHECK(plan.tensor_numel() == 5 + numel, plan.tensor_numel());
+        CHECK(plan.num_blocks() == (numel + 511) / 512, plan.num_blocks());
+        CHECK(plan.tensor_numel() == 5 + numel && plan.residual_numel() == 5 + numel, plan.tensor_numel());
       }
     }
   }
@@ -49,6 +49,11 @@ void test_places() {
   CHECK(plan.tensor_numel() == 4513, plan.tensor_numel());
   CHECK(plan.num_blocks() == 4, plan.num_blocks());
 
+  // Residuals lie at places of their own.
+  const Plan moved(CodecId::kSign, DType::kFloat32, {0, 600}, {600, 5}, {-1, -1}, {700, 3});
+  CHECK(moved.segments()[0].residual_offset == 700 && moved.segments()[1].residual_offset == 3, "residual offsets");
+  CHECK(moved.residual_numel() == 1300 && moved.tensor_numel() == 605, moved.residual_numel());
+
   // More than 2^31 elements.
   const int64_t many = (int64_t{1} << 33) + 1;
   const Plan large = plan_of({many}, {many}, {-1});
@@ -59,6 +64,8 @@ void test_places() {
 void test_refusals() {
   CHECK_THROWS(plan_of({0, 1}, {1}, {-1}), "as many offsets as sizes");
   CHECK_THROWS(plan_of({0}, {1}, {-1, -1}), "as many offsets as sizes");
+  CHECK_THROWS(Plan(CodecId::kInt8, DType::kFloat32, {0}, {1}, {-1}, {0, 0}), "residual offsets");
+  CHECK_THROWS(Plan(CodecId::kInt8, DType::kFloat32, {0}, {1}, {-1}, {-1}), "residual offset -1");
   CHECK_THROWS(plan_of({0}, {-1}, {-1}), "size -1");
   CHECK_THROWS(plan_of({-3}, {1}, {-1}), "offset -3");
   CHECK_THROWS(plan_of({0}, {1}, {8}), "multiple of 16");

@@ -40,7 +40,7 @@ void test_mean(const Element& element, int64_t count, int64_t numel, const std::
     const uint64_t bits = reference::to_bits(element.format, x);
     std::memcpy(rows.data() + i * element.bytes, &bits, element.bytes);
   }
-  accel::cpu::weight_kernels().mean(element.dtype, rows.data(), count, out.data(), numel);
+  accel::cpu::mean(element.dtype, rows.data(), count, out.data(), numel);
   for (int64_t i = 0; i < numel; ++i) {
     double sum = reference::from_bits(element.format, bits_at(rows, i, element.bytes));
     for (int64_t k = 1; k < count; ++k) {
@@ -69,7 +69,7 @@ void test_ring_difference(DType dtype, int64_t numel, const std::string& isa) {
     const T sum = of_left + of_right;
     expected[i] = own + sum / T(3);
   }
-  accel::cpu::weight_kernels().ring_difference(dtype, x.data(), w.data(), left.data(), right.data(), numel);
+  accel::cpu::ring_difference(dtype, x.data(), w.data(), left.data(), right.data(), numel);
   for (int64_t i = 0; i < numel; ++i) {
     CHECK(x[i] == expected[i], isa << " difference at " << i << " of " << numel << ": " << x[i] << ", not " << expected[i]);
     CHECK(i % 2 || x[i] == 0, isa << " the difference of equals is " << x[i]);
@@ -90,8 +90,7 @@ int main() {
       test_ring_difference<float>(DType::kFloat32, numel, isa);
       test_ring_difference<double>(DType::kFloat64, numel, isa);
     }
-    CHECK_THROWS((accel::cpu::weight_kernels().ring_difference(DType::kFloat16, nullptr, nullptr, nullptr, nullptr, 0), 0),
-                 "float32 or float64");
+    CHECK_THROWS((accel::cpu::ring_difference(DType::kFloat16, nullptr, nullptr, nullptr, nullptr, 0), 0), "float32 or float64");
   }
   return check::report("test_weights");
 }

@@ -17,11 +17,13 @@ from lightning_accel.algorithms import (
     Decentralized,
     GradientAllReduce,
     LowPrecisionDecentralized,
+    QAdamAlgorithm,
     register_algorithm,
 )
 from lightning_accel.checkpoint import load_checkpoint, save_checkpoint
 from lightning_accel.communicator import CommunicationError, Statistics
 from lightning_accel.data_parallel import AccelDataParallel, get_dataloader, unwrap, wrap
+from lightning_accel.optim import QAdam, QAdamOptimizer
 from lightning_accel.process_group import (
     add_arguments,
     destroy_process_group,
@@ -50,6 +52,9 @@ __all__ = [
     "Decentralized",
     "GradientAllReduce",
     "LowPrecisionDecentralized",
+    "QAdam",
+    "QAdamAlgorithm",
+    "QAdamOptimizer",
     "Replica",
     "Statistics",
     "add_arguments",

@@ -12,18 +12,32 @@ class Plan:
         tensor_offsets: Sequence[int],
         numels: Sequence[int],
         wire_offsets: Sequence[int],
+        residual_offsets: Sequence[int],
     ) -> None: ...
     @property
     def wire_bytes(self) -> int: ...
     @property
     def tensor_numel(self) -> int: ...
     @property
+    def residual_numel(self) -> int: ...
+    @property
     def num_blocks(self) -> int: ...
     @property
     def wire_offsets(self) -> list[int]: ...
     def segment_table(self) -> bytes: ...
 
-def encode(plan: Plan, tensor: int, numel: int, wire: int, wire_bytes: int, segments: int, stream: int) -> None: ...
+def encode(
+    plan: Plan,
+    tensor: int,
+    numel: int,
+    wire: int,
+    wire_bytes: int,
+    old: int,
+    updated: int,
+    residual_numel: int,
+    segments: int,
+    stream: int,
+) -> None: ...
 def decode(plan: Plan, wire: int, wire_bytes: int, tensor: int, numel: int, segments: int, stream: int) -> None: ...
 def decode_accumulate(
     plan: Plan, wire: int, wire_bytes: int, accumulator: int, numel: int, segments: int, stream: int
@@ -37,7 +51,30 @@ def decode_sum_encode(
     divisor: float,
     wire: int,
     wire_bytes: int,
+    old: int,
+    updated: int,
+    residual_numel: int,
     segments: int,
+    stream: int,
+) -> None: ...
+def qadam_fold(
+    dtype: int,
+    tensors: Sequence[tuple[int, int, int, int]],
+    beta1: float,
+    weight_decay: float,
+    threads: int,
+    is_cuda: bool,
+    stream: int,
+) -> None: ...
+def qadam_step(
+    dtype: int,
+    tensors: Sequence[tuple[int, int, int, int, int]],
+    step_size: float,
+    correction: float,
+    eps: float,
+    decay: float,
+    threads: int,
+    is_cuda: bool,
     stream: int,
 ) -> None: ...
 def mean(dtype: int, rows: int, count: int, out: int, numel: int, is_cuda: bool, stream: int) -> None: ...

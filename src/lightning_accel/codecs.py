@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from lightning_accel import _native
 
-CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8")
+CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8", "int4", "sign")
 """Names of the codecs; the position is the native code."""
+
+NEEDING_FEEDBACK = ("int4", "sign")
+"""Codecs that lose so much that error feedback is their default."""
 
 BLOCK_NUMEL = _native.BLOCK_NUMEL
 """Elements that share one scale, and the unit in which parameters are dealt out to ranks."""
@@ -35,6 +39,35 @@ def check_codec(name: str) -> None:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}: got {name!r}{nearest}")
 
 
+def uses_feedback(codec: str, error_feedback: bool | None) -> bool:
+    """Whether residuals are kept: as asked for, or the codec's default where that is None.
+
+    Raises:
+        ValueError: for what is neither True, False nor None, or True with codec "none", which loses nothing.
+    """
+    if error_feedback not in (True, False, None):
+        raise ValueError(f"error_feedback must be True, False or None: got {error_feedback!r}")
+    if error_feedback and codec == "none":
+        raise ValueError("error_feedback=True needs a codec that loses something: 'none' does not")
+    return codec in NEEDING_FEEDBACK if error_feedback is None else error_feedback
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What codes lost of the values before, to be added to the next ones: error feedback.
+
+    v = x + old, the message is v's code, and `updated` becomes v minus the message's value; where that is not finite, as in a
+    block that is poisoned by NaN or Inf, `updated` becomes `old`.
+
+    Attributes:
+        old: float32, one-dimensional, indexed by the plan's residual offsets.
+        updated: of the same kind; may be `old` itself.
+    """
+
+    old: torch.Tensor
+    updated: torch.Tensor
+
+
 class Plan:
     """Which elements of a tensor stand where in a message. Immutable.
 
@@ -44,6 +77,7 @@ class Plan:
         tensor_offsets: first element of each segment in the tensor.
         numels: elements of each segment.
         wire_offsets: first byte of each segment in the message, ascending multiples of 16; None puts them one behind another.
+        residual_offsets: first element of each segment among the residuals; None puts them as in the tensor.
 
     Raises:
         ValueError: for an unknown codec, a dtype that cannot be sent, or offsets that overlap.
@@ -56,6 +90,7 @@ class Plan:
         tensor_offsets: Sequence[int],
         numels: Sequence[int],
         wire_offsets: Sequence[int] | None = None,
+        residual_offsets: Sequence[int] | None = None,
     ) -> None:
         check_codec(codec)
         if dtype not in DTYPES:
@@ -68,11 +103,14 @@ class Plan:
             tensor_offsets,
             numels,
             [-1] * len(numels) if wire_offsets is None else wire_offsets,
+            [] if residual_offsets is None else residual_offsets,
         )
         self.wire_bytes = self.native.wire_bytes
         """Bytes the message must have at least."""
         self.tensor_numel = self.native.tensor_numel
         """Elements the tensor must have at least."""
+        self.residual_numel = self.native.residual_numel
+        """Elements the residuals must have at least."""
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     @cached_property
@@ -99,10 +137,13 @@ class Plan:
             operation(self.native, *operands, table.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
 
 
-def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor) -> None:
-    """Writes the code of `tensor` (`plan.dtype`) to `wire`; padding keeps what it held."""
+def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor, residuals: Residuals | None = None) -> None:
+    """Writes the code of `tensor` (`plan.dtype`) to `wire`, with error feedback if there are residuals.
+
+    Padding keeps what it held.
+    """
     _check(tensor, plan.dtype, wire, "tensor")
-    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire))
+    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire), *_residuals(residuals, wire.device))
 
 
 def decode(plan: Plan, wire: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -118,7 +159,14 @@ def decode_accumulate(plan: Plan, wire: torch.Tensor, accumulator: torch.Tensor)
 
 
 def decode_sum_encode(
-    plan: Plan, messages: torch.Tensor, wire: torch.Tensor, *, count: int, stride_bytes: int, divisor: float
+    plan: Plan,
+    messages: torch.Tensor,
+    wire: torch.Tensor,
+    *,
+    count: int,
+    stride_bytes: int,
+    divisor: float,
+    residuals: Residuals | None = None,
 ) -> None:
     """Writes the code of the messages' mean to `wire`, in one pass.
 
@@ -130,13 +178,28 @@ def decode_sum_encode(
         count: number of messages, at least 1.
         stride_bytes: from the start of a message to the start of the next.
         divisor: what the sum is divided by.
+        residuals: for error feedback: added to the mean.
     """
     _check(messages, torch.uint8, wire, "messages")
-    plan._run(_native.decode_sum_encode, wire.device, *_memory(messages), count, stride_bytes, divisor, *_memory(wire))
+    of_messages = (*_memory(messages), count, stride_bytes, divisor)
+    plan._run(_native.decode_sum_encode, wire.device, *of_messages, *_memory(wire), *_residuals(residuals, wire.device))
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
+
+
+def _residuals(residuals: Residuals | None, device: torch.device) -> tuple[int, int, int]:
+    if residuals is None:
+        return 0, 0, 0
+    for name, memory in (("old", residuals.old), ("updated", residuals.updated)):
+        if memory.dtype != torch.float32 or memory.dim() != 1 or not memory.is_contiguous() or memory.device != device:
+            raise ValueError(
+                f"residuals must be one-dimensional, contiguous, float32 on {device}: `{name}` is {memory.dtype} of shape "
+                f"{tuple(memory.shape)} on {memory.device}"
+            )
+    numel = min(residuals.old.numel(), residuals.updated.numel())
+    return residuals.old.data_ptr(), residuals.updated.data_ptr(), numel
 
 
 def _check(tensor: torch.Tensor, dtype: torch.dtype, wire: torch.Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel import codecs
-from lightning_accel.layout import Layout
+from lightning_accel.layout import Layout, Run
 
 # torch 2.13 renamed the functions that gather into one tensor; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -248,19 +248,30 @@ class Piece:
     """A run of a parameter's blocks, and where it lies in a tensor: what a message is made of.
 
     Attributes:
-        owner: rank that sums it.
         tensor_offset: its first element in the tensor.
-        numel: elements.
+        run: what it is; its owner sums it.
     """
 
-    owner: int
     tensor_offset: int
-    numel: int
+    run: Run
 
 
 def pieces_of(layout: Layout, places: Sequence[tuple[int, int]]) -> list[Piece]:
     """Pieces of a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor."""
-    return [Piece(run.owner, offset + run.start, run.numel) for parameter, offset in places for run in layout.runs(parameter)]
+    return [Piece(offset + run.start, run) for parameter, offset in places for run in layout.runs(parameter)]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Residuals of a two-shot all_reduce.
+
+    Attributes:
+        worker: of what this rank sends, by `Run.place`.
+        server: of the sums that this rank makes, by `Run.owned_place`, or `Run.place` where each rank sums all.
+    """
+
+    worker: codecs.Residuals
+    server: codecs.Residuals
 
 
 @dataclass(frozen=True)
@@ -291,22 +302,27 @@ class TwoShotPlan:
         Up to two ranks, each sums all pieces, unless `scatter` asks for shares.
         """
         if world_size <= 2 and not scatter:
-            whole = codecs.Plan(codec, dtype, [piece.tensor_offset for piece in pieces], [piece.numel for piece in pieces])
+            whole = _plan(codec, dtype, pieces, [piece.run.place for piece in pieces])
             return cls(whole, whole, whole.wire_bytes, is_whole=True)
-        by_owner = [[piece for piece in pieces if piece.owner == owner] for owner in range(world_size)]
-        messages = [codecs.Plan(codec, dtype, [p.tensor_offset for p in part], [p.numel for p in part]) for part in by_owner]
+        by_owner = [[piece for piece in pieces if piece.run.owner == owner] for owner in range(world_size)]
+        messages = [_plan(codec, dtype, part, [piece.run.owned_place for piece in part]) for part in by_owner]
         stride_bytes = max(message.wire_bytes for message in messages)
-        everything = codecs.Plan(
-            codec,
-            dtype,
-            [piece.tensor_offset for part in by_owner for piece in part],
-            [piece.numel for part in by_owner for piece in part],
-            [k * stride_bytes + offset for k, message in enumerate(messages) for offset in message.wire_offsets],
-        )
+        in_order = [piece for part in by_owner for piece in part]
+        wire_offsets = [k * stride_bytes + offset for k, message in enumerate(messages) for offset in message.wire_offsets]
+        everything = _plan(codec, dtype, in_order, [piece.run.place for piece in in_order], wire_offsets)
         return cls(everything, messages[rank], stride_bytes, is_whole=False)
 
 
-def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float) -> None:
+def _plan(
+    codec: str, dtype: torch.dtype, pieces: Sequence[Piece], residual_offsets: list[int], wire_offsets: list[int] | None = None
+) -> codecs.Plan:
+    tensor_offsets = [piece.tensor_offset for piece in pieces]
+    return codecs.Plan(codec, dtype, tensor_offsets, [piece.run.numel for piece in pieces], wire_offsets, residual_offsets)
+
+
+def compressed_all_reduce(
+    tensor: torch.Tensor, plan: TwoShotPlan, group: Group, scratch: Scratch, *, divisor: float, feedback: Feedback | None = None
+) -> None:
     """Replaces `tensor` by its sum over the group divided by `divisor`, quantising each element exactly twice. Collective.
 
     1. Encode every rank's blocks into its message.
@@ -314,6 +330,8 @@ def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group,
     3. Decode them, sum in rank order 0..n-1 in float32, divide, encode: the second and last quantisation.
     4. all_gather: every rank receives the codes of all means.
     5. Decode them, the own ones too, so that all ranks end bit-identical.
+
+    With error feedback, (1) codes what rank r has to send plus what its earlier codes have lost, and (3) likewise.
 
     Bytes sent by each rank: 2 (n-1) messages of about 1/n of the tensor's code; messages: 2.
 
@@ -326,13 +344,21 @@ def compressed_all_reduce(tensor: torch.Tensor, plan: TwoShotPlan, group: Group,
         group: the ranks.
         scratch: reused, twice the code; nothing is allocated once it has grown.
         divisor: the number of ranks for a mean, 1 for a sum.
+        feedback: what codes have lost, on this rank; None for no error feedback.
     """
-    for step in compressed_all_reduce_steps(tensor, plan, group, group, scratch, divisor=divisor):
+    for step in compressed_all_reduce_steps(tensor, plan, group, group, scratch, divisor=divisor, feedback=feedback):
         step()
 
 
 def compressed_all_reduce_steps(
-    tensor: torch.Tensor, plan: TwoShotPlan, first: Group, second: Group, scratch: Scratch, *, divisor: float
+    tensor: torch.Tensor,
+    plan: TwoShotPlan,
+    first: Group,
+    second: Group,
+    scratch: Scratch,
+    *,
+    divisor: float,
+    feedback: Feedback | None = None,
 ) -> list[Callable[[], None]]:
     """`compressed_all_reduce` cut where it would wait, to be run one after the other.
 
@@ -346,19 +372,21 @@ def compressed_all_reduce_steps(
         second: the same ranks; carries those of step 4.
         scratch: of this tensor, until the last one is done.
         divisor: the number of ranks for a mean, 1 for a sum.
+        feedback: what codes have lost, on this rank; None for no error feedback.
     """
     n, rank, stride_bytes = first.world_size, first.rank, plan.stride_bytes
     waits: list[Wait] = []
+    worker, server = (feedback.worker, feedback.server) if feedback is not None else (None, None)
     received = scratch.bytes("received", n * stride_bytes, tensor.device)
 
     def sum_up(mean: torch.Tensor) -> None:
-        codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=stride_bytes, divisor=divisor)
+        codecs.decode_sum_encode(plan.own, received, mean, count=n, stride_bytes=stride_bytes, divisor=divisor, residuals=server)
 
     if plan.is_whole:
         own = received[rank * stride_bytes :][:stride_bytes]
 
         def encode_whole() -> None:
-            codecs.encode(plan.everything, tensor, own)  # (1)
+            codecs.encode(plan.everything, tensor, own, worker)  # (1)
             waits.append(first.all_gather(received, own, scratch))  # (2)
 
         def sum_whole() -> None:
@@ -371,7 +399,7 @@ def compressed_all_reduce_steps(
     sent = scratch.bytes("sent", n * stride_bytes, tensor.device)
 
     def encode() -> None:
-        codecs.encode(plan.everything, tensor, sent)  # (1)
+        codecs.encode(plan.everything, tensor, sent, worker)  # (1)
         waits.append(first.all_to_all(received, sent, scratch))  # (2)
 
     def sum_own() -> None:
@@ -409,37 +437,42 @@ class HierarchicalPlan:
         codec: str,
         dtype: torch.dtype,
         layout: Layout,
+        share: Layout,
         places: Sequence[tuple[int, int]],
         node: Group,
         peers: Group,
     ) -> HierarchicalPlan:
-        """Plans a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor."""
-        inner_pieces = []
-        numels = []
+        """Plans a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor.
+
+        `share` is this rank's share of the layout.
+        """
         starts = []
+        share_places = []
         share_numel = 0
         for parameter, _ in places:
-            for run in layout.runs(parameter):
-                if run.owner == node.rank:
-                    inner_pieces += [
-                        Piece(inner.owner, share_numel + inner.start, inner.numel) for inner in layout.inner_runs(parameter, run)
-                    ]
-                    starts.append(share_numel)
-                    numels.append(run.numel)
-                    share_numel += run.numel
+            starts.append(share_numel)
+            share_places.append((parameter, share_numel))
+            share_numel += share.numels[parameter]
         value_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Nothing is quantised where nothing leaves the node.
         between_codec = codec if peers.world_size > 1 else "none"
         return cls(
             inside=TwoShotPlan.build("none", dtype, pieces_of(layout, places), node.world_size, node.rank, scatter=True),
-            share=codecs.Plan("none", dtype, starts, numels),
+            share=codecs.Plan("none", dtype, starts, [share.numels[parameter] for parameter, _ in places]),
             share_numel=share_numel,
-            between=TwoShotPlan.build(between_codec, value_dtype, inner_pieces, peers.world_size, peers.rank),
+            between=TwoShotPlan.build(between_codec, value_dtype, pieces_of(share, share_places), peers.world_size, peers.rank),
         )
 
 
 def hierarchical_all_reduce(
-    tensor: torch.Tensor, plan: HierarchicalPlan, node: Group, peers: Group, scratch: Scratch, *, divisor: float
+    tensor: torch.Tensor,
+    plan: HierarchicalPlan,
+    node: Group,
+    peers: Group,
+    scratch: Scratch,
+    *,
+    divisor: float,
+    feedback: Feedback | None = None,
 ) -> None:
     """Replaces `tensor` by its sum over all ranks divided by `divisor`; only what leaves a node is compressed. Collective.
 
@@ -455,9 +488,10 @@ def hierarchical_all_reduce(
         peers: ranks of equal local rank, in the order of nodes.
         scratch: reused.
         divisor: the number of all ranks for a mean, 1 for a sum.
+        feedback: what codes between nodes have lost, on this rank; None for no error feedback.
     """
     scratches = Scratch(), scratch, scratch
-    for step in hierarchical_all_reduce_steps(tensor, plan, node, peers, node, *scratches, divisor=divisor):
+    for step in hierarchical_all_reduce_steps(tensor, plan, node, peers, node, *scratches, divisor=divisor, feedback=feedback):
         step()
 
 
@@ -472,6 +506,7 @@ def hierarchical_all_reduce_steps(
     second: Scratch,
     *,
     divisor: float,
+    feedback: Feedback | None = None,
 ) -> list[Callable[[], None]]:
     """`hierarchical_all_reduce` cut in two, so that gathering one tensor overlaps the next one's sums.
 
@@ -485,10 +520,12 @@ def hierarchical_all_reduce_steps(
         first: for the first step alone, of several tensors in turn.
         second: for the second.
         divisor: the number of all ranks for a mean, 1 for a sum.
+        feedback: what codes between nodes have lost, on this rank; None for no error feedback.
     """
     device, inside, stride_bytes = tensor.device, plan.inside, plan.inside.stride_bytes
     share = kept.values("share", plan.share_numel, plan.share.value_dtype, device)
-    *before, last = compressed_all_reduce_steps(share, plan.between, peers, peers, kept, divisor=divisor)
+    steps = compressed_all_reduce_steps(share, plan.between, peers, peers, kept, divisor=divisor, feedback=feedback)
+    *before, last = steps
 
     def sum_up() -> None:
         sent = first.bytes("node sent", node.world_size * stride_bytes, device)

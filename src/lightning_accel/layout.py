@@ -22,11 +22,15 @@ class Run:
         owner: rank in the group the blocks were dealt to.
         start: first element in the parameter, a multiple of `BLOCK_NUMEL`.
         numel: elements.
+        place: first element among all parameters, one behind another.
+        owned_place: first element among all that the owner owns.
     """
 
     owner: int
     start: int
     numel: int
+    place: int
+    owned_place: int
 
 
 def num_blocks(numel: int) -> int:
@@ -34,54 +38,52 @@ def num_blocks(numel: int) -> int:
     return -(-numel // BLOCK_NUMEL)
 
 
-def deal(numel: int, first_owner: int, num_owners: int) -> list[Run]:
-    """Deals a parameter's blocks out to `num_owners` ranks, the left-over ones from `first_owner` on.
-
-    Returns runs in the order of the parameter's elements, empty ones left out.
-    """
-    each, left_over = divmod(num_blocks(numel), num_owners)
-    runs = []
-    start = 0
-    for owner in range(num_owners):
-        blocks = each + ((owner - first_owner) % num_owners < left_over)
-        end = min(start + blocks * BLOCK_NUMEL, numel)
-        if end > start:
-            runs.append(Run(owner, start, end - start))
-        start = end
-    return runs
-
-
 class Layout:
-    """Ownership of a model's blocks by `num_owners` ranks, and inside each rank's part by `num_inner` others.
-
-    The inner deal is what hierarchical algorithms need: ranks of a node share a parameter, and the ranks of equal local rank
-    share such a part among the nodes.
+    """Ownership of a model's blocks by `num_owners` ranks.
 
     Args:
         numels: elements of each parameter, in the order of `named_parameters`, the same on all ranks.
         num_owners: ranks to deal to.
-        num_inner: ranks to deal each part to.
+
+    Attributes:
+        numel: elements of all parameters.
+        owned_numels: elements that each owner owns.
     """
 
-    def __init__(self, numels: Sequence[int], num_owners: int, num_inner: int = 1) -> None:
+    def __init__(self, numels: Sequence[int], num_owners: int) -> None:
         self.numels = tuple(numels)
-        self.num_owners = num_owners
-        self.num_inner = num_inner
+        self.numel = 0
+        self.owned_numels = [0] * num_owners
+        self._runs: list[list[Run]] = []
         dealt_blocks = 0
-        self._first_block = []
         for numel in self.numels:
-            self._first_block.append(dealt_blocks)
+            self._runs.append(self._deal(numel, dealt_blocks % num_owners))
+            self.numel += numel
             dealt_blocks += num_blocks(numel)
 
     def runs(self, parameter: int) -> list[Run]:
-        """Runs of a parameter (its place in `numels`) for the owners."""
-        return deal(self.numels[parameter], self._first_block[parameter] % self.num_owners, self.num_owners)
+        """Runs of a parameter (its place in `numels`), in the order of its elements, empty ones left out."""
+        return self._runs[parameter]
 
-    def inner_runs(self, parameter: int, run: Run) -> list[Run]:
-        """A run cut again for the inner ranks; `start` counts from the run's first element.
+    def share(self, owner: int, num_owners: int) -> Layout:
+        """What an owner owns, dealt out again: of each parameter the part that is its own.
 
-        Left-over blocks go on where the owner's run before stopped, so that each owner's part is dealt evenly too.
+        Hierarchical algorithms need it: ranks of a node share a parameter, and the ranks of equal local rank share such a part
+        among the nodes.
         """
-        each, left_over = divmod(self._first_block[parameter], self.num_owners)
-        owned_before = each + (run.owner < left_over)
-        return deal(run.numel, owned_before % self.num_inner, self.num_inner)
+        return Layout([sum(run.numel for run in runs if run.owner == owner) for runs in self._runs], num_owners)
+
+    def _deal(self, numel: int, first_owner: int) -> list[Run]:
+        """Deals a parameter's blocks out in contiguous runs, the left-over ones from `first_owner` on."""
+        num_owners = len(self.owned_numels)
+        each, left_over = divmod(num_blocks(numel), num_owners)
+        runs = []
+        start = 0
+        for owner in range(num_owners):
+            blocks = each + ((owner - first_owner) % num_owners < left_over)
+            end = min(start + blocks * BLOCK_NUMEL, numel)
+            if end > start:
+                runs.append(Run(owner, start, end - start, self.numel + start, self.owned_numels[owner]))
+                self.owned_numels[owner] += end - start
+            start = end
+        return runs

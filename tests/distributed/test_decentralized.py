@@ -14,7 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
 from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_replicas, inputs_of, optimizer_of, trainable
-from lightning_accel import CommunicationError, Decentralized, LowPrecisionDecentralized, Replica
+from lightning_accel import (
+    CommunicationError,
+    Decentralized,
+    LowPrecisionDecentralized,
+    Replica,
+    save_checkpoint,
+    unwrap,
+    wrap,
+)
 from lightning_accel.reference.decentralized import decentralized, peer
 from lightning_accel.reference.weights import consensus
 from lightning_accel.topology import shift_one_peer
@@ -125,6 +133,7 @@ def between_micro_batches(rank, world_size):
         training.step()
         training.check(simulation.weights[rank], "the step after it")
         if isinstance(options, LowPrecisionDecentralized):
+            training.backward(2)
             check_replicas(training)
         training.replica.close()
 
@@ -159,6 +168,36 @@ def skipped_step(rank, world_size):
 def test_a_step_skipped_on_one_rank_only_hangs_nobody():
     """Catches exchanges that depend on a step having happened: rank 1's would be missing, and pair up wrongly ever after."""
     run_ranks(skipped_step, 2, timeout=30)
+
+
+def plain_loop(rank, world_size, path):
+    """As the README has it: wrap, train, save, unwrap."""
+    for name, options in (("decentralized", {"communication_interval": 2}), ("low_precision_decentralized", {"codec": "bf16"})):
+        model = WithoutHalf()
+        optimizer = optimizer_of(model)
+        ddp = wrap(model, optimizer, name, find_unused_parameters=True, timeout=TIMEOUT, **options)
+        for round_ in range(3):
+            ddp(inputs_of(rank, round_)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        local = [tensor.clone() for tensor in trainable(model)]
+        save_checkpoint(f"{path}-{name}", ddp, optimizer)
+        agreed = [tensor.clone() for tensor in trainable(model)]
+        assert any(not torch.equal(*pair) for pair in zip(local, agreed, strict=True))
+        for key, tensor in torch.load(f"{path}-{name}", weights_only=True)["model"].items():
+            assert_same_bits(tensor, model.state_dict()[key], key)
+        ddp(inputs_of(rank, 3)).backward()
+        optimizer.step()
+        assert unwrap(ddp) is model
+        everywhere = [None] * world_size
+        dist.all_gather_object(everywhere, model.state_dict())
+        for key, tensor in everywhere[0].items():
+            assert_same_bits(model.state_dict()[key], tensor, key)
+
+
+def test_a_plain_loop_saves_and_ends_with_one_model(tmp_path):
+    """Catches files of rank 0's weights alone, and a model that differs between ranks once it is given back."""
+    run_ranks(plain_loop, 2, str(tmp_path / "checkpoint"), timeout=30)
 
 
 class Two(torch.nn.Module):

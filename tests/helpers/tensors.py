@@ -2,7 +2,7 @@
 
 import torch
 
-CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8")
+CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8", "int4", "sign")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 SIZES = (0, 1, 7, 511, 512, 513, 99_991)

@@ -21,7 +21,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "average": ({"average": "no"}, ValueError, ["True", "False", "got 'no'"]),
     "option of another algorithm": ({"codec": "int8"}, TypeError, ["'gradient_allreduce'", "hierarchical, average", "'codec'"]),
     "options beside an object": ({"algorithm": ByteGrad(), "codec": "bf16"}, TypeError, ["ByteGrad(...)", "codec"]),
-    "misspelt option": ({"averag": False}, TypeError, ["codec, hierarchical, average", "'averag'", "mean 'average'"]),
+    "misspelt option": ({"averag": False}, TypeError, ["error_feedback, ", "'averag'", "mean 'average'"]),
     "misspelt argument of DDP": ({"bucket_cap": 5}, TypeError, ["static_graph", "'bucket_cap'", "mean 'bucket_cap_mb'"]),
     "misspelt argument of DDPStrategy": ({"start_metod": "fork"}, TypeError, ["start_method", "mean 'start_method'"]),
     "hook": ({"ddp_comm_hook": print}, ValueError, ["ddp_comm_hook", "register_algorithm"]),

@@ -127,7 +127,7 @@ def test_hierarchical_is_as_specified_on_every_rank(codec, nodes):
     for dtype in DTYPES:
         of_ranks = gradients(world_size, dtype, (0, 1, 513, 5003))
         order = [3, 4, 0, 1, 2]
-        layout = Layout([t.numel() for t in of_ranks[0]], len(nodes[0]), len(nodes))
+        layout = Layout([t.numel() for t in of_ranks[0]], len(nodes[0]))
         node_mail = [Mail(len(node)) for node in nodes]
         peer_mail = [Mail(len(nodes)) for _ in nodes[0]]
 
@@ -137,7 +137,7 @@ def test_hierarchical_is_as_specified_on_every_rank(codec, nodes):
             peers = ThreadGroup(peer_mail[local_rank], node_rank)
             bucket = torch.cat([of_ranks[rank][parameter] for parameter in order])
             places = places_in(of_ranks[rank], order)
-            plan = HierarchicalPlan.build(codec, dtype, layout, places, node, peers)
+            plan = HierarchicalPlan.build(codec, dtype, layout, layout.share(local_rank, len(nodes)), places, node, peers)
             hierarchical_all_reduce(bucket, plan, node, peers, Scratch(), divisor=world_size)
             return split_again(bucket, of_ranks[rank], order)
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lightning_accel.layout import BLOCK_NUMEL, Layout, deal, num_blocks
+from lightning_accel.layout import BLOCK_NUMEL, Layout, num_blocks
 
 
 def random_sizes(seed: int) -> list[int]:
@@ -67,49 +67,68 @@ def test_ownership_depends_on_the_parameters_alone():
     """Catches ownership that changes with what was asked before, or with the parameters that come after."""
     for seed in range(30):
         sizes = random_sizes(seed)
-        layout, again = Layout(sizes, 3, 2), Layout([*sizes, 4711], 3, 2)
+        layout, again = Layout(sizes, 3), Layout([*sizes, 4711], 3)
         backwards = [layout.runs(parameter) for parameter in reversed(range(len(sizes)))][::-1]
         assert backwards == [again.runs(parameter) for parameter in range(len(sizes))]
 
 
+@pytest.mark.parametrize("owners", [1, 2, 3, 7])
+def test_places_are_dense_and_in_order(owners):
+    """Catches residuals of two blocks in one place, and memory for blocks that are another rank's."""
+    for seed in range(60):
+        sizes = random_sizes(seed)
+        layout = Layout(sizes, owners)
+        end, owned_ends = 0, [0] * owners
+        for parameter in range(len(sizes)):
+            for run in layout.runs(parameter):
+                assert (run.place, run.owned_place) == (end, owned_ends[run.owner])
+                end += run.numel
+                owned_ends[run.owner] += run.numel
+        assert (layout.numel, layout.owned_numels) == (end, owned_ends)
+
+
 @pytest.mark.parametrize(("owners", "inner"), [(1, 2), (2, 1), (2, 2), (3, 4), (8, 2)])
-def test_inner_runs_cover_each_run_by_whole_blocks(owners, inner):
+def test_shares_cover_each_run_by_whole_blocks(owners, inner):
     """Catches an inner cut that shifts block borders: quantisation would then depend on the number of nodes."""
     for seed in range(60):
         sizes = random_sizes(seed)
-        layout = Layout(sizes, owners, inner)
+        layout = Layout(sizes, owners)
+        shares = [layout.share(owner, inner) for owner in range(owners)]
         for parameter in range(len(sizes)):
             for run in layout.runs(parameter):
                 end = 0
-                for part in layout.inner_runs(parameter, run):
+                for part in shares[run.owner].runs(parameter):
                     assert part.start == end
                     assert part.start % BLOCK_NUMEL == 0
                     assert 0 <= part.owner < inner
                     end = part.start + part.numel
                 assert end == run.numel
+        assert sum(share.numel for share in shares) == sum(sizes)
 
 
 @pytest.mark.parametrize(("owners", "inner"), [(2, 2), (4, 2), (2, 4), (3, 2)])
-def test_inner_deal_is_balanced_for_each_owner(owners, inner):
+def test_shares_are_dealt_evenly(owners, inner):
     """Catches inner left-overs that always fall to the same node: equal messages would all grow to that one's size."""
     for seed in range(60):
         sizes = random_sizes(seed)
-        layout = Layout(sizes, owners, inner)
-        counts = [[0] * inner for _ in range(owners)]
-        for parameter in range(len(sizes)):
-            for run in layout.runs(parameter):
-                for part in layout.inner_runs(parameter, run):
-                    counts[run.owner][part.owner] += blocks_of(part.numel)
-        assert all(max(of_owner) - min(of_owner) <= 1 for of_owner in counts), counts
+        layout = Layout(sizes, owners)
+        for owner in range(owners):
+            share = layout.share(owner, inner)
+            counts = [0] * inner
+            for parameter in range(len(sizes)):
+                for part in share.runs(parameter):
+                    counts[part.owner] += blocks_of(part.numel)
+            assert max(counts) - min(counts) <= 1, counts
 
 
 def test_deal_by_hand():
     """Pins the deal: a change of it changes the results of runs that were started before."""
-    assert [(run.owner, run.start, run.numel) for run in deal(5 * 512 + 10, 1, 4)] == [
+    layout = Layout([512, 5 * 512 + 10, 3 * 512, 100, 0], 4)
+    assert [(run.owner, run.start, run.numel) for run in layout.runs(1)] == [
         (0, 0, 512),
         (1, 512, 1024),
         (2, 1536, 1024),
         (3, 2560, 10),
     ]
-    assert [(run.owner, run.start, run.numel) for run in deal(100, 2, 4)] == [(2, 0, 100)]
-    assert deal(0, 0, 4) == []
+    assert [(run.owner, run.start, run.numel) for run in layout.runs(3)] == [(2, 0, 100)]
+    assert layout.runs(4) == []

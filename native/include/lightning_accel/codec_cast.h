@@ -22,6 +22,9 @@ struct Cast {
   using Value = typename ValueOf<Wire>::type;
   using Code = Wire;
 
+  static constexpr int kScaleNumel = kBlockNumel;
+  static constexpr int kCodeBits = 8 * sizeof(Wire);
+
   struct Header {};
   static constexpr int kHeaderBytes = 0;
 
@@ -37,7 +40,6 @@ struct Cast {
     ACCEL_MEMBER Code encode(Value x) const { return encode_value(x); }
   };
 
-  ACCEL_MEMBER static bool is_poisoned(const Header&) { return false; }
   ACCEL_MEMBER static Value decode(const Header&, Code code) { return decode_value(code); }
 
  private:

@@ -8,7 +8,6 @@
 // A block with absmax < 2^-100 is a block of zeros; a block with NaN or Inf is poisoned as in int8.
 #pragma once
 
-#include "lightning_accel/codec_int8.h"
 #include "lightning_accel/numeric.h"
 
 namespace accel {
@@ -16,6 +15,9 @@ namespace accel {
 struct MinMaxUInt8 {
   using Value = float;
   using Code = uint8_t;
+
+  static constexpr int kScaleNumel = kBlockNumel;
+  static constexpr int kCodeBits = 8;
 
   struct Header {
     float scale;  // range / 255
@@ -52,7 +54,7 @@ struct MinMaxUInt8 {
       const float low = bit_cast<float>(ordered(statistic.low));
       const float high = bit_cast<float>(ordered(statistic.high));
       const float absmax = -low > high ? -low : high;
-      is_blank = is_poisoned || absmax < kSmallestAbsmax;
+      is_blank = is_poisoned || absmax < kSmallestScaled;
       if (is_blank) {
         header = {is_poisoned ? canonical_nan() : 0.0f, 0.0f};
         levels_per_unit = upper = 0.0f;
@@ -74,7 +76,6 @@ struct MinMaxUInt8 {
     }
   };
 
-  ACCEL_MEMBER static bool is_poisoned(const Header& header) { return header.scale != header.scale; }
   ACCEL_MEMBER static float decode(const Header& header, Code code) {
     return (static_cast<float>(code) + header.lower) * header.scale;
   }

@@ -3,14 +3,15 @@
 
 #include "lightning_accel/check.h"
 #include "lightning_accel/codec_cast.h"
-#include "lightning_accel/codec_int8.h"
 #include "lightning_accel/codec_minmax_uint8.h"
+#include "lightning_accel/codec_sign.h"
+#include "lightning_accel/codec_symmetric.h"
 #include "lightning_accel/numeric.h"
 
 namespace accel {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
-enum class CodecId : int { kNone = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kMinMaxUInt8 = 4 };
+enum class CodecId : int { kNone = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kMinMaxUInt8 = 4, kInt4 = 5, kSign = 6 };
 
 template <class T>
 struct Type {
@@ -41,8 +42,10 @@ auto visit_codec(CodecId codec, DType dtype, Visitor&& visitor) {
       case CodecId::kBf16: return visitor(Type<Cast<BFloat16>>{}, tensor);
       case CodecId::kInt8: return visitor(Type<Int8>{}, tensor);
       case CodecId::kMinMaxUInt8: return visitor(Type<MinMaxUInt8>{}, tensor);
+      case CodecId::kInt4: return visitor(Type<Int4>{}, tensor);
+      case CodecId::kSign: return visitor(Type<Sign>{}, tensor);
     }
-    ACCEL_CHECK(false, "codec must be one of 0..4, got " << static_cast<int>(codec));
+    ACCEL_CHECK(false, "codec must be one of 0..6, got " << static_cast<int>(codec));
     return visitor(Type<Int8>{}, tensor);
   });
 }

@@ -4,6 +4,8 @@
 // bits (build with -ffp-contract=off and -fmad=false, never with -ffast-math).
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +29,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+constexpr int kBlockNumel = 512;  // elements: the unit of ownership (src/lightning_accel/layout.py); whole runs of every scale
+constexpr float kSmallestScaled = 0x1p-100f;  // smaller values are coded as zeros: a reciprocal would overflow soon below
+
 constexpr uint32_t kCanonicalNaNBits = 0x7FC00000u;  // the one NaN that is ever sent or decoded
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
@@ -39,6 +44,10 @@ ACCEL_INLINE float round_half_even(float x) { return (x + kRoundingMagic) - kRou
 
 // The same, as an integer: the low bits of the sum are its two's complement.
 ACCEL_INLINE int32_t round_half_even_to_int(float x) { return bit_cast<int32_t>(x + kRoundingMagic) - 0x4B400000; }
+
+// One rounding, as IEEE 754 asks for, on host and device.
+ACCEL_INLINE float square_root(float x) { return sqrtf(x); }
+ACCEL_INLINE double square_root(double x) { return sqrt(x); }
 
 // to<T>(x): x in another type. To float it is exact (but for double); from float it rounds half to even, and every NaN becomes
 // the canonical one.

@@ -41,15 +41,10 @@ ACCEL_INLINE T ring_difference(T x, T w, T left, T right) {
 
 namespace cpu {
 
-struct WeightKernels {
-  // out[i] <- (rows[0][i] + rows[1][i] + ...) / count, summed in this order; `rows` is count times numel elements.
-  void (*mean)(DType dtype, const void* rows, int64_t count, void* out, int64_t numel);
-  // x[i] <- ring_difference of x[i], w[i], left[i] and right[i]; float32 or float64.
-  void (*ring_difference)(DType dtype, void* x, const void* w, const void* left, const void* right, int64_t numel);
-};
-
-// Those of the instruction set in use.
-const WeightKernels& weight_kernels();
+// out[i] <- (rows[0][i] + rows[1][i] + ...) / count, summed in this order; `rows` is count times numel elements.
+void mean(DType dtype, const void* rows, int64_t count, void* out, int64_t numel);
+// x[i] <- ring_difference of x[i], w[i], left[i] and right[i]; float32 or float64.
+void ring_difference(DType dtype, void* x, const void* w, const void* left, const void* right, int64_t numel);
 
 }  // namespace cpu
 

@@ -13,6 +13,7 @@ from lightning_accel.algorithms.bytegrad import ByteGrad
 from lightning_accel.algorithms.decentralized import Decentralized
 from lightning_accel.algorithms.gradient_allreduce import GradientAllReduce
 from lightning_accel.algorithms.low_precision_decentralized import LowPrecisionDecentralized
+from lightning_accel.algorithms.qadam import QAdamAlgorithm
 
 __all__ = [
     "Algorithm",
@@ -23,6 +24,7 @@ __all__ = [
     "Decentralized",
     "GradientAllReduce",
     "LowPrecisionDecentralized",
+    "QAdamAlgorithm",
     "algorithm_names",
     "make_algorithm",
     "register_algorithm",

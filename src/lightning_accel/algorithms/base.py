@@ -64,6 +64,9 @@ class Algorithm(ABC):
     name: ClassVar[str]
     """Set by `register_algorithm`."""
 
+    keeps_gradients: ClassVar[bool] = True
+    """Whether `.grad` holds gradients when the optimizer steps; else they must be neither clipped nor scaled."""
+
     @abstractmethod
     def bind(self, context: Context) -> BoundAlgorithm:
         """Makes the part that communicates. Collective: all ranks call it in the same order."""

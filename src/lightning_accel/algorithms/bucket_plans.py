@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from lightning_accel.collectives import (
     pieces_of,
 )
 from lightning_accel.communicator import LaneGroups
+from lightning_accel.error_feedback import ErrorFeedback
 from lightning_accel.layout import Layout
 
 Steps = list[Callable[[], None]]
@@ -45,11 +47,12 @@ class BucketPlans:
         context: the replica.
         codec: of the messages between ranks, or between nodes.
         hierarchical: whether ranks of a node sum first, uncompressed.
+        error_feedback: whether what codes lose is kept and sent later.
 
     Making it is collective.
     """
 
-    def __init__(self, context: Context, codec: str, *, hierarchical: bool) -> None:
+    def __init__(self, context: Context, codec: str, *, hierarchical: bool, error_feedback: bool = False) -> None:
         self._communicator = context.communicator
         self._codec = codec
         self._hierarchical = hierarchical
@@ -61,18 +64,31 @@ class BucketPlans:
                 )
         topology, world_size = context.communicator.topology, context.communicator.world_size
         if hierarchical:
-            owners, inner = len(topology.nodes[0]), len(topology.nodes)
             of_lanes: list[LaneGroups] = ["nodes", "nodes"]
         else:
-            owners, inner = world_size, 1
             # A step starts the message that the next one waits for. Two ranks have enough of one message.
             of_lanes = ["all", "none"] if world_size <= 2 else ["all", "all", "none"]
         self._lanes = [context.communicator.open_lane(groups) for groups in of_lanes]
-        self._layout = Layout([tensor.numel() for tensor in context.parameters.tensors], owners, inner)
+        owners = len(topology.nodes[0]) if hierarchical else world_size
+        self._layout = Layout([tensor.numel() for tensor in context.parameters.tensors], owners)
+        # What is coded, and among which ranks: everything, or between nodes this rank's share.
+        self._coded, coders = self._layout, self._lanes[0].peers if hierarchical else self._lanes[0].group
+        if hierarchical:
+            self._coded = self._layout.share(self._lanes[0].node.rank, coders.world_size)
+        self._coders = coders
+        self._device = context.parameters.tensors[0].device
+        self._feedback: ErrorFeedback | None = None
+        if error_feedback:
+            self.keep_residuals()
         self._buckets: dict[tuple[torch.dtype, tuple[int, ...]], _Bucket] = {}
 
-    def all_reduce(self, bucket: GradBucket, label: str, divisor: int) -> torch.futures.Future[torch.Tensor]:
-        """Submits the bucket's all_reduce; the future delivers the sum divided by `divisor`, in the bucket's own buffer."""
+    def all_reduce(
+        self, bucket: GradBucket, label: str, divisor: int, before: Callable[[], None] | None = None
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Submits the bucket's all_reduce; the future delivers the sum divided by `divisor`, in the bucket's own buffer.
+
+        `before` changes the bucket first, where the all_reduce runs.
+        """
         gradients = bucket.buffer()
         if gradients.layout != torch.strided:
             raise TypeError(f"only dense gradients can be coded, got {gradients.layout}: use sparse=False in embeddings")
@@ -84,22 +100,50 @@ class BucketPlans:
             known = _Bucket(self._plan(self._find(parameters), gradients.dtype), Scratch())
             self._buckets[gradients.dtype, parameters] = known
         steps = self._steps(gradients, known, divisor)
+        if before is not None:
+            steps[0] = _one_after_the_other(before, steps[0])
         return self._communicator.submit(label, gradients, *zip(self._lanes, steps, strict=True), first_waits=self._hierarchical)
+
+    def keep_residuals(self) -> None:
+        """Turns error feedback on, where anything is quantised."""
+        coded, coders = self._coded, self._coders
+        if coders.world_size > 1:
+            server_numel = coded.numel if coders.world_size <= 2 else coded.owned_numels[coders.rank]
+            self._feedback = ErrorFeedback(coded.numel, server_numel, self._device)
+
+    def commit(self) -> None:
+        """Takes up the residuals of the last backward: the optimizer has made its step."""
+        if self._feedback is not None:
+            self._feedback.commit()
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """This rank's residuals, if there are any."""
+        return self._feedback.state_dict() if self._feedback is not None else {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `rank_state_dict` gave on this rank.
+
+        Raises:
+            ValueError: if it is of another model, number of ranks or hierarchy.
+        """
+        if self._feedback is not None and state:
+            self._feedback.load_state_dict(state)
 
     def _plan(self, places: list[tuple[int, int]], dtype: torch.dtype) -> TwoShotPlan | HierarchicalPlan:
         first = self._lanes[0]
         if self._hierarchical:
-            return HierarchicalPlan.build(self._codec, dtype, self._layout, places, first.node, first.peers)
+            return HierarchicalPlan.build(self._codec, dtype, self._layout, self._coded, places, first.node, first.peers)
         group = first.group
         return TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank)
 
     def _steps(self, gradients: torch.Tensor, bucket: _Bucket, divisor: int) -> Steps:
         plan, first, second = bucket.plan, *self._lanes[:2]
+        feedback = self._feedback.take() if self._feedback is not None else None
         if isinstance(plan, TwoShotPlan):
             groups = first.group, first.group if plan.is_whole else second.group
-            return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor)
-        scratches = bucket.kept, first.scratch, second.scratch
-        return hierarchical_all_reduce_steps(gradients, plan, first.node, first.peers, second.node, *scratches, divisor=divisor)
+            return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor, feedback=feedback)
+        groups_and_scratch = first.node, first.peers, second.node, bucket.kept, first.scratch, second.scratch
+        return hierarchical_all_reduce_steps(gradients, plan, *groups_and_scratch, divisor=divisor, feedback=feedback)
 
     def _forget(self) -> None:
         """Drops plans and memory of buckets that DDP has rebuilt.
@@ -119,3 +163,11 @@ class BucketPlans:
             places.append((parameter, offset))
             offset += self._layout.numels[parameter]
         return places
+
+
+def _one_after_the_other(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        first()
+        second()
+
+    return run

@@ -35,12 +35,13 @@ class LowPrecisionDecentralized(Algorithm):
     float32 gradients (two ranks: 1 against 4); 2 messages, whatever n, and no rank waits for any but its neighbours. Memory:
     four times the weights, float16 and bfloat16 as float32. On a single process it does nothing.
 
-    Fails when: n is large: what one rank learns takes n/2 communications to reach the farthest one. An element that is NaN or
-    Inf makes its block NaN, on this rank and then on all. `ModelCheckpoint` and validation see the mean of all ranks
-    (consensus), from which all go on.
+    Fails when: the codec is coarse: elements of d below half a step of Q's grid (int8: 1/254 of the largest in their block) are
+    lost, not sent later. Or n is large: what one rank learns takes n/2 communications to reach the farthest one. An element
+    that is NaN or Inf makes its block NaN, on this rank and then on all. `ModelCheckpoint` and validation see the mean of all
+    ranks (consensus), from which all go on.
 
     Args:
-        codec: Q, "int8", "minmax_uint8", "fp16", "bf16" or "none".
+        codec: Q, "int8", "minmax_uint8", "fp16", "bf16" or "none". "int4" and "sign" are taken, but lose most of a step.
         communication_interval: communicate before every so many-th round.
         hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
             Then the ranks of a node take their mean, uncompressed, and the ring is that of nodes.

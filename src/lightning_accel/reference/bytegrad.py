@@ -1,4 +1,4 @@
-"""ByteGrad: g <- Q(1/n sum_r Q(g_r)) for each block of 512 elements of each parameter."""
+"""ByteGrad: g <- Q(1/n sum_r Q(g_r)) for each block of each parameter, with or without error feedback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_accel.reference.collectives import compressed_all_reduce, hierarchical_all_reduce
+from lightning_accel.reference.collectives import Residuals, compressed_all_reduce, hierarchical_all_reduce
 
 
 def bytegrad(
@@ -15,6 +15,7 @@ def bytegrad(
     *,
     nodes: Sequence[Sequence[int]] | None = None,
     average: bool = True,
+    residuals: Sequence[Residuals] | None = None,
 ) -> list[Tensor]:
     """What every rank holds as gradients, by parameter. A single rank keeps its own.
 
@@ -23,11 +24,13 @@ def bytegrad(
         codec: Q.
         nodes: ranks of each node, where it is hierarchical; None is flat.
         average: the mean; False leaves the sum.
+        residuals: of each parameter; overwritten. None for no error feedback.
     """
     if len(gradients) == 1:
         return list(gradients[0])
     divisor = len(gradients) if average else 1
-    by_parameter = zip(*gradients, strict=True)
+    of_parameters = residuals if residuals is not None else [None] * len(gradients[0])
+    by_parameter = zip(zip(*gradients, strict=True), of_parameters, strict=True)
     if nodes is None:
-        return [compressed_all_reduce(of_ranks, codec, divisor) for of_ranks in by_parameter]
-    return [hierarchical_all_reduce(of_ranks, nodes, codec, divisor) for of_ranks in by_parameter]
+        return [compressed_all_reduce(of_ranks, codec, divisor, kept) for of_ranks, kept in by_parameter]
+    return [hierarchical_all_reduce(of_ranks, nodes, codec, divisor, kept) for of_ranks, kept in by_parameter]

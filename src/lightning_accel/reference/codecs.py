@@ -1,7 +1,7 @@
 """Q(x): what is left of values after encoding and decoding, block by block.
 
 Values are summed in float32 whatever the tensor's dtype, so Q maps float32 to float32; only codec `none` keeps float64. A
-tensor is cut into blocks of 512 from its first element; its last block may be shorter.
+tensor is cut into blocks of 512 (`int4`: 128) from its first element; its last block may be shorter.
 """
 
 from __future__ import annotations
@@ -36,24 +36,63 @@ def quantise(values: Tensor, codec: str) -> Tensor:
         return canonical(values.to(torch.float16).to(torch.float32))
     if codec == "bf16":
         return canonical(values.to(torch.bfloat16).to(torch.float32))
-    whole = values.numel() // BLOCK_NUMEL * BLOCK_NUMEL
-    full_blocks, short_block = values[:whole].view(-1, BLOCK_NUMEL), values[whole:].view(1, -1)
+    block_numel = 128 if codec == "int4" else BLOCK_NUMEL
+    whole = values.numel() // block_numel * block_numel
+    full_blocks, short_block = values[:whole].view(-1, block_numel), values[whole:].view(1, -1)
     parts = [_quantise_blocks(blocks, codec).flatten() for blocks in (full_blocks, short_block) if blocks.numel()]
     return torch.cat(parts) if parts else values
 
 
+def with_feedback(values: Tensor, residuals: Tensor, codec: str) -> tuple[Tensor, Tensor]:
+    """Q(x + e), and the new e = x + e - Q(x + e); where that is not finite, the old one. One-dimensional, float32."""
+    sums = values + residuals
+    results = quantise(sums, codec)
+    lost = sums - results
+    return results, torch.where(lost.isfinite(), lost, residuals)
+
+
 def _quantise_blocks(blocks: Tensor, codec: str) -> Tensor:
-    """Q by rows, with the rules that both codecs share: one NaN or Inf poisons its block, and dust is zero."""
+    """Q by rows, with the rules that these codecs share: one NaN or Inf poisons its block, and dust is zero."""
     absmax = blocks.abs().amax(1, keepdim=True)  # NaN where there is one
-    results = _int8(blocks, absmax) if codec == "int8" else _minmax_uint8(blocks, absmax)
-    results = torch.where(absmax < SMALLEST_ABSMAX, torch.zeros(()), results)
+    if codec == "sign":
+        results, size = _sign(blocks)
+    elif codec == "minmax_uint8":
+        results, size = _minmax_uint8(blocks, absmax), absmax
+    else:
+        results, size = _symmetric(blocks, absmax, {"int8": 127.0, "int4": 7.0}[codec]), absmax
+    results = torch.where(size < SMALLEST_ABSMAX, torch.zeros(()), results)
     return torch.where(absmax.isfinite(), results, NAN)
 
 
-def _int8(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Code = round(x * (127 / absmax)), x' = code * (absmax / 127); round is half to even."""
-    codes = torch.round(blocks * (torch.tensor(127.0) / absmax)) + 0.0  # an integer has no negative zero
-    return codes * (absmax / 127.0)
+def _symmetric(blocks: Tensor, absmax: Tensor, largest: float) -> Tensor:
+    """Code = round(x * (L / absmax)), x' = code * (absmax / L) for L = 127 or 7; round is half to even."""
+    codes = torch.round(blocks * (torch.tensor(largest) / absmax)) + 0.0  # an integer has no negative zero
+    return codes * (absmax / largest)
+
+
+def _sign(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Each element's sign times the mean magnitude of the groups of 32 that are not all zeros; and that mean.
+
+    The sum is 32 partial sums, one after the other, then halves folded: one order for every machine. Terms are scaled by 2^-10.
+    """
+    rows, numel = blocks.shape
+    groups = -(-numel // 32)
+    padded = torch.zeros(rows, groups * 32)
+    padded[:, :numel] = blocks
+    by_group = padded.view(rows, groups, 32)
+    is_live = (by_group != 0).any(2)
+    sums = torch.zeros(rows, 32)
+    for group in range(groups):
+        sums = sums + by_group[:, group].abs() * 2.0**-10
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    sizes = torch.full((groups,), 32)
+    sizes[-1] = numel - 32 * (groups - 1)
+    live_numel = (is_live * sizes).sum(1, keepdim=True).clamp(min=1).to(torch.float32)
+    mean = sums / live_numel * 2.0**10
+    signed = torch.where(blocks.signbit(), -mean, mean)
+    return torch.where(is_live.repeat_interleave(32, 1)[:, :numel], signed, torch.zeros(())), mean
 
 
 def _minmax_uint8(blocks: Tensor, absmax: Tensor) -> Tensor:

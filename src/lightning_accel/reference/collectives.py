@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_accel.reference.codecs import canonical, quantise, value_dtype
+from lightning_accel.reference.codecs import canonical, quantise, value_dtype, with_feedback
 
 
-def compressed_all_reduce(tensors: Sequence[Tensor], codec: str, divisor: float) -> Tensor:
+@dataclass
+class Residuals:
+    """What codes have lost of one parameter: of each rank's (or node's) own, and of the sum. One-dimensional, float32."""
+
+    workers: list[Tensor]
+    server: Tensor
+
+    @classmethod
+    def zeros(cls, num_workers: int, numel: int) -> Residuals:
+        """Where nothing has been sent yet."""
+        return cls([torch.zeros(numel) for _ in range(num_workers)], torch.zeros(numel))
+
+
+def compressed_all_reduce(tensors: Sequence[Tensor], codec: str, divisor: float, residuals: Residuals | None = None) -> Tensor:
     """Q(sum_r Q(x_r) / divisor): what every rank holds afterwards.
+
+    With residuals d_r and e each Q codes its value plus what it lost before, and keeps what it loses:
+    q_r = Q(x_r + d_r), d_r <- x_r + d_r - q_r; y = sum_r q_r / divisor, result = Q(y + e), e <- y + e - result.
 
     Args:
         tensors: one parameter's, of each rank; any shape, all alike.
         codec: Q.
         divisor: number of ranks for the mean, 1 for the sum.
+        residuals: of this parameter; overwritten. None for no error feedback.
     """
     dtype = value_dtype(codec, tensors[0].dtype)
-    total = quantise(tensors[0].flatten().to(dtype), codec)
-    for tensor in tensors[1:]:  # in rank order
-        total = total + quantise(tensor.flatten().to(dtype), codec)
-    return _result(quantise(total / divisor, codec), tensors[0])
+    values = [tensor.flatten().to(dtype) for tensor in tensors]
+    if residuals is None:
+        coded = [quantise(value, codec) for value in values]
+    else:
+        both = [with_feedback(value, residual, codec) for value, residual in zip(values, residuals.workers, strict=True)]
+        coded, residuals.workers = [result for result, _ in both], [lost for _, lost in both]
+    total = coded[0]
+    for value in coded[1:]:  # in rank order
+        total = total + value
+    mean = total / divisor
+    if residuals is None:
+        return _result(quantise(mean, codec), tensors[0])
+    result, residuals.server = with_feedback(mean, residuals.server, codec)
+    return _result(result, tensors[0])
 
 
-def hierarchical_all_reduce(tensors: Sequence[Tensor], nodes: Sequence[Sequence[int]], codec: str, divisor: float) -> Tensor:
+def hierarchical_all_reduce(
+    tensors: Sequence[Tensor],
+    nodes: Sequence[Sequence[int]],
+    codec: str,
+    divisor: float,
+    residuals: Residuals | None = None,
+) -> Tensor:
     """Q(sum_m Q(y_m) / divisor) with y_m = sum of x_r for r in node m; no Q where there is one node.
 
     Args:
@@ -33,6 +67,7 @@ def hierarchical_all_reduce(tensors: Sequence[Tensor], nodes: Sequence[Sequence[
         nodes: ranks of each node, in the order of summation.
         codec: Q, between nodes.
         divisor: number of ranks for the mean, 1 for the sum.
+        residuals: of this parameter, the workers being nodes; overwritten. None for no error feedback.
     """
     # Sums inside a node are float32, and float64 for float64, whatever the codec makes of them after that.
     dtype = value_dtype("none", tensors[0].dtype)
@@ -42,7 +77,7 @@ def hierarchical_all_reduce(tensors: Sequence[Tensor], nodes: Sequence[Sequence[
         for rank in node:
             total = total + tensors[rank].flatten().to(dtype)
         sums.append(total)
-    mean = sums[0] / divisor if len(nodes) == 1 else compressed_all_reduce(sums, codec, divisor)
+    mean = sums[0] / divisor if len(nodes) == 1 else compressed_all_reduce(sums, codec, divisor, residuals)
     return _result(mean, tensors[0])
 
 

@@ -53,3 +53,21 @@ def check_device(device: torch.device, frontend: str) -> None:
             "AccelStrategy trains on CPU and CUDA; Apple's MPS has no collective communication. "
             f"Use {frontend}(accelerator='cpu'), or {frontend}(strategy='auto') for one MPS device."
         )
+
+
+def check_gradients_stay(algorithm: str, gradient_clip_val: float | None, precision: Any) -> None:
+    """Refuses what changes gradients before the step, for an algorithm that leaves something else in `.grad`.
+
+    Raises:
+        ValueError: for gradient clipping, and for a precision that scales the loss.
+    """
+    if gradient_clip_val:
+        raise ValueError(
+            f"algorithm {algorithm!r} leaves momentum in .grad, which must not be clipped: got gradient_clip_val="
+            f"{gradient_clip_val}. Leave it out, or use algorithm 'bytegrad'"
+        )
+    if getattr(precision, "scaler", None) is not None:
+        raise ValueError(
+            f"algorithm {algorithm!r} leaves momentum in .grad, which no loss scale must be taken out of: "
+            "use precision='bf16-mixed' or '32-true' in place of 16-bit floats with a scaler"
+        )

@@ -34,9 +34,12 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", "async",
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
             another registered name, or an `Algorithm` object.
-        codec: bytegrad, low_precision_decentralized: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
+        error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
+            int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
         peer_selection_mode: decentralized: "all" (default) or "shift_one".
@@ -59,6 +62,7 @@ class FabricAccelMixin(_Base):
         self,
         algorithm: str | Algorithm = "gradient_allreduce",
         codec: str | None = None,
+        error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
         peer_selection_mode: Literal["all", "shift_one"] | None = None,
@@ -70,6 +74,7 @@ class FabricAccelMixin(_Base):
     ) -> None:
         options = {
             "codec": codec,
+            "error_feedback": error_feedback,
             "hierarchical": hierarchical,
             "average": average,
             "peer_selection_mode": peer_selection_mode,

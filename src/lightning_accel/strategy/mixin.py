@@ -17,7 +17,7 @@ import lightning_accel_autoload
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
-from lightning_accel.strategy.arguments import check_arguments, check_device
+from lightning_accel.strategy.arguments import check_arguments, check_device, check_gradients_stay
 from lightning_accel.strategy.sigterm import SigtermRelay
 
 if TYPE_CHECKING:
@@ -37,9 +37,12 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", "async",
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
             another registered name, or an `Algorithm` object.
-        codec: bytegrad, low_precision_decentralized: "int8" (default), "minmax_uint8", "fp16", "bf16" or "none".
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
+        error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
+            int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
         peer_selection_mode: decentralized: "all" (default) or "shift_one".
@@ -83,6 +86,7 @@ class AccelMixin(_Base):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         gradient_as_bucket_view: bool = True,
         codec: str | None = None,
+        error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
         peer_selection_mode: Literal["all", "shift_one"] | None = None,
@@ -93,6 +97,7 @@ class AccelMixin(_Base):
     ) -> None:
         options = {
             "codec": codec,
+            "error_feedback": error_feedback,
             "hierarchical": hierarchical,
             "average": average,
             "peer_selection_mode": peer_selection_mode,
@@ -144,6 +149,8 @@ class AccelMixin(_Base):
 
     def setup(self, trainer: Any) -> None:
         """Wraps the model, then lets the algorithm know the optimizers, which come last. Collective."""
+        if not self._algorithm.keeps_gradients:
+            check_gradients_stay(self._algorithm.name, trainer.gradient_clip_val, self.precision_plugin)
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)

@@ -1,24 +1,25 @@
-// int8: symmetric, one scale a block.
+// int8 and int4: symmetric, one scale for a run of elements.
 //
-//   scale = absmax / 127,  code = round_half_even(x * (127 / absmax)),  x' = code * scale
+//   scale = absmax / L,  code = round_half_even(x * (L / absmax)),  x' = code * scale        L = 127 or 7
 //
-// No clamp is needed: |x| * (127 / absmax) <= 127 (1 + 2^-24)^2 < 127.5. |x' - x| <= scale/2 (1 + 2^-16).
-// A block with absmax < 2^-100 is a block of zeros (127 / absmax would overflow soon below).
-// A block with NaN or Inf has the canonical NaN as scale and codes 0, and decodes to the canonical NaN throughout.
+// No clamp is needed: |x| * (L / absmax) <= L (1 + 2^-24)^2 < L + 1/2. |x' - x| <= scale/2 (1 + 2^-16).
+// A run with absmax < 2^-100 is a run of zeros (L / absmax would overflow soon below).
+// A run with NaN or Inf has the canonical NaN as scale and codes 0, and decodes to the canonical NaN throughout.
 #pragma once
 
 #include "lightning_accel/numeric.h"
 
 namespace accel {
 
-constexpr int kBlockNumel = 512;  // elements that share a scale; also the unit of ownership (src/lightning_accel/layout.py)
-constexpr float kSmallestAbsmax = 0x1p-100f;
-
-struct Int8 {
+template <int kLargestCode, int kNumel, int kBits>
+struct Symmetric {
   using Value = float;  // what the arithmetic is done in
-  using Code = int8_t;
+  using Code = int8_t;  // on the wire the low kCodeBits of it
 
-  // On the wire, once a block.
+  static constexpr int kScaleNumel = kNumel;
+  static constexpr int kCodeBits = kBits;
+
+  // On the wire, once a scale.
   struct Header {
     float scale;
   };
@@ -36,24 +37,27 @@ struct Int8 {
     }
   };
 
-  // How a block is encoded; `is_blank`: all its codes are 0.
+  // How a run is encoded; `is_blank`: all its codes are 0.
   struct Grid {
     Header header;
     bool is_blank;
     float inverse;
 
     ACCEL_MEMBER explicit Grid(const Statistic& statistic) {
+      constexpr float kLargest = kLargestCode;
       const float absmax = bit_cast<float>(statistic.absmax_bits);
       const bool is_poisoned = statistic.absmax_bits >= static_cast<int32_t>(kInfinityBits);
-      is_blank = is_poisoned || absmax < kSmallestAbsmax;
-      header.scale = is_poisoned ? canonical_nan() : (is_blank ? 0.0f : absmax / 127.0f);
-      inverse = is_blank ? 0.0f : 127.0f / absmax;
+      is_blank = is_poisoned || absmax < kSmallestScaled;
+      header.scale = is_poisoned ? canonical_nan() : (is_blank ? 0.0f : absmax / kLargest);
+      inverse = is_blank ? 0.0f : kLargest / absmax;
     }
     ACCEL_MEMBER Code encode(float x) const { return static_cast<Code>(round_half_even_to_int(x * inverse)); }
   };
 
-  ACCEL_MEMBER static bool is_poisoned(const Header& header) { return header.scale != header.scale; }
   ACCEL_MEMBER static float decode(const Header& header, Code code) { return static_cast<float>(code) * header.scale; }
 };
+
+using Int8 = Symmetric<127, kBlockNumel, 8>;
+using Int4 = Symmetric<7, 128, 4>;
 
 }  // namespace accel

@@ -1,0 +1,221 @@
+"""QAdam: gradients in warm-up, then Adam's momentum, compressed, with error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_accel import _native
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
+from lightning_accel.algorithms.bucket_plans import BucketPlans
+from lightning_accel.codecs import DTYPES, check_codec, uses_feedback
+from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam, launch_arguments
+from lightning_accel.topology import Hierarchical, check_hierarchical
+
+
+@register_algorithm("qadam")
+@dataclass(frozen=True)
+class QAdamAlgorithm(Algorithm):
+    """Adam for slow networks: exact in warm-up, then only its momentum travels, compressed. Needs the `QAdam` optimizer.
+
+    Warm-up: g <- 1/n sum_r g_r, uncompressed. After it, with v frozen:
+
+    m_r <- beta1 m + (1 - beta1) g_r,  m <- Q(1/n sum_r Q(m_r))
+
+    bucket by bucket during backward, as `bytegrad` does with gradients, each Q with error feedback. The optimizer's class has
+    the step's equations, what differs from Bagua's, and the sources.
+
+    Cost a step for each rank after warm-up: 2 (n-1)/n times 1 byte an element for int8, 0.53 for int4, 0.14 for sign, against
+    4; memory for error feedback 8 (1 + 1/n) bytes an element (16 for two ranks). Elements of embedding rows that no gradient has
+    ever reached stay exactly zero in every codec (`sign`: in groups of 32).
+
+    Fails when: the variance has not settled when it is frozen (too short a warm-up, a learning rate that still rises); under
+    fp16 loss scaling or gradient clipping after warm-up, because `.grad` then holds momentum.
+
+    Args:
+        codec: "int8", "int4", "sign", "minmax_uint8", "fp16", "bf16" or "none".
+        error_feedback: whether what codes lose is kept and sent later; None: yes, but for "none" and under bagua_compat.
+        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
+            Then nothing is quantised inside a node.
+
+    Example:
+        >>> QAdamAlgorithm(codec="sign").error_feedback is None
+        True
+    """
+
+    codec: str = "int8"
+    error_feedback: bool | None = None
+    hierarchical: Hierarchical = "auto"
+
+    keeps_gradients = False
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        uses_feedback(self.codec, self.error_feedback)
+        check_hierarchical(self.hierarchical)
+
+    def bind(self, context: Context) -> BoundAlgorithm:
+        """Makes the flat or the hierarchical form, as the nodes allow. Collective."""
+        return _QAdam(context, self)
+
+
+class _QAdam(BoundAlgorithm):
+    def __init__(self, context: Context, options: QAdamAlgorithm) -> None:
+        super().__init__(context)
+        self._options = options
+        self._lane = self.communicator.open_lane("all")
+        hierarchical = self.communicator.topology.use_hierarchy(options.hierarchical)
+        self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical)
+        self._optimizers: list[QAdam] = []
+        self._owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
+        # Steps that all ranks have made at least, agreed upon when they may be enough; counted in rounds in between.
+        self._agreed_steps: int | None = None
+        self._due_step = 0
+        self._last_norm = 0.0
+        self._left_momentum = False
+        self._zeroings_before = 0
+
+    def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        others = [type(optimizer).__name__ for optimizer in optimizers if not isinstance(optimizer, QAdam)]
+        if others:
+            raise ValueError(
+                "algorithm 'qadam' needs lightning_accel.QAdam as every optimizer (from configure_optimizers, or given to wrap): "
+                f"got {', '.join(others)}"
+            )
+        for optimizer in optimizers:
+            assert isinstance(optimizer, QAdam)
+            optimizer.attach()
+            self._optimizers.append(optimizer)
+        kinds = {(optimizer.warmup_steps, optimizer.bagua_compat) for optimizer in self._optimizers}
+        if len(kinds) > 1:
+            raise ValueError(
+                "all QAdam optimizers of a model need the same warmup_steps and bagua_compat: their momenta travel together. "
+                f"Got {' and '.join(str(kind) for kind in sorted(kinds, key=str))}"
+            )
+        feedback = self._options.error_feedback
+        if feedback or (feedback is None and self._options.codec != "none" and not self._optimizers[0].bagua_compat):
+            self._plans.keep_residuals()
+
+    def before_forward(self) -> None:
+        if not self._optimizers:
+            raise RuntimeError(
+                "algorithm 'qadam' knows no optimizer: give lightning_accel.QAdam to wrap, or return it from configure_optimizers"
+            )
+        # Anew each round: loading a checkpoint replaces the groups.
+        groups = ((optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups)
+        self._owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+        if self._phase is Phase.WARMUP:
+            self._end_warmup_if_due()
+        self._left_momentum = self._left_momentum and not self._gradients_are_zero()
+
+    def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+        world_size = self.communicator.world_size
+        if self._phase is Phase.WARMUP:
+            if world_size == 1:
+                return super().reduce_gradients(bucket, label)
+            return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._lane)
+        momentum, parameters = bucket.buffer(), bucket.parameters()
+        if bucket.index() == 0:
+            self._note_backward()
+        if world_size == 1:
+            self._fold(momentum, parameters)
+            return super().reduce_gradients(bucket, label)
+        return self._plans.all_reduce(bucket, label, world_size, before=partial(self._fold, momentum, parameters))
+
+    def after_step(self) -> None:
+        self._plans.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"due_step": self._due_step, "last_norm": self._last_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._due_step, self._last_norm = int(state["due_step"]), float(state["last_norm"])
+        self._agreed_steps = None
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        return self._plans.rank_state_dict()
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        self._plans.load_rank_state_dict(state)
+
+    @property
+    def _phase(self) -> Phase:
+        return self._optimizers[0].phase
+
+    def _end_warmup_if_due(self) -> None:
+        """On all ranks in the same round, though a gradient scaler may have skipped steps on one of them."""
+        warmup_steps = self._optimizers[0].warmup_steps
+        interval = self._interval if warmup_steps == "auto" else warmup_steps
+        self._due_step = self._due_step or interval
+        if self._agreed_steps is None or self._agreed_steps >= self._due_step:
+            self._agreed_steps = self._agree(min(optimizer.steps for optimizer in self._optimizers))
+        if self._agreed_steps >= self._due_step:
+            if warmup_steps != "auto" or self._has_settled():
+                for optimizer in self._optimizers:
+                    optimizer.freeze()
+            self._due_step = self._agreed_steps + interval
+        self._agreed_steps += 1  # at most, when the next round comes
+
+    @property
+    def _interval(self) -> int:
+        """1/(1 - beta2): how many steps the variance remembers."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return round(1 / (1 - max(float(group["betas"][1]) for group in groups)))
+
+    def _has_settled(self) -> bool:
+        """Whether the variance's norm has changed little since the last time. All ranks hold the same variance."""
+        norm, last = sum(optimizer.variance_norm() for optimizer in self._optimizers), self._last_norm
+        self._last_norm = norm
+        return min(norm, last) >= STABLE_RATIO * max(norm, last) and last > 0
+
+    def _agree(self, value: int) -> int:
+        """The least of all ranks' values. Collective, and waits."""
+        if self.communicator.world_size == 1:
+            return value
+        least = torch.tensor([value], device=self.context.parameters.tensors[0].device)
+
+        def reduce() -> None:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._lane.group.process_group)
+
+        future = self.communicator.submit("the end of warm-up", least, (self._lane, reduce))
+        self.communicator.wait()
+        return int(future.wait().item())
+
+    def _fold(self, momentum: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+        """Makes a bucket's gradients this rank's momenta, in place."""
+        tensors: dict[tuple[float, float], list[tuple[int, int, int, int]]] = {}
+        address = momentum.data_ptr()
+        for parameter in parameters:
+            if parameter in self._owners:  # else it has no optimizer, and no momentum
+                optimizer, group = self._owners[parameter]
+                keeps_decay = not (group["decoupled_weight_decay"] or optimizer.bagua_compat)
+                scalars = group["betas"][0], group["weight_decay"] if keeps_decay else 0.0
+                of_parameter = optimizer.momentum_of(parameter).data_ptr(), parameter.data_ptr(), parameter.numel()
+                tensors.setdefault(scalars, []).append((address, *of_parameter))
+            address += parameter.numel() * momentum.element_size()
+        dtype = DTYPES.index(momentum.dtype)
+        for (beta1, weight_decay), of_group in tensors.items():
+            _native.qadam_fold(dtype, of_group, beta1, weight_decay, **launch_arguments(momentum.device, threads=1))
+
+    @property
+    def _zeroings(self) -> int:
+        return sum(optimizer.zeroings for optimizer in self._optimizers)
+
+    def _gradients_are_zero(self) -> bool:
+        """Whether somebody has zeroed them otherwise than by the optimizer. One parameter tells."""
+        gradient = next((parameter.grad for parameter in self._owners if parameter.requires_grad), None)
+        return gradient is None or not gradient.any()
+
+    def _note_backward(self) -> None:
+        """A backward that adds to what the last one left would take momentum for a gradient."""
+        if self._left_momentum and self._zeroings == self._zeroings_before:
+            raise RuntimeError(
+                "after QAdam's warm-up .grad holds momentum, and a second backward has added gradients to it: call "
+                "optimizer.zero_grad() before each backward that synchronises, and accumulate under no_sync()"
+            )
+        self._left_momentum, self._zeroings_before = True, self._zeroings

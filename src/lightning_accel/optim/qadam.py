@@ -1,0 +1,357 @@
+"""Adam whose momentum travels compressed, once its variance has settled: the optimizer of algorithm `qadam`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from lightning_accel import _native
+from lightning_accel.codecs import DTYPES
+
+STABLE_RATIO = 0.96
+"""`warmup_steps="auto"`: how near to 1 the ratio of the variance's norms must be (1-bit Adam, section 7.1)."""
+
+
+class Phase(Enum):
+    """Where a QAdam is in its life."""
+
+    WARMUP = "warmup"
+    """Exact Adam on mean gradients."""
+    COMPRESSED = "compressed"
+    """The variance is frozen; `.grad` holds the ranks' mean momentum when the optimizer steps."""
+
+
+class QAdam(torch.optim.Adam):
+    """Adam in two phases, for `AccelStrategy(algorithm="qadam")`: exact Adam first, compressed momentum afterwards.
+
+    Warm-up, steps t = 1 .. T: torch's own Adam, on the mean of the ranks' gradients.
+
+    Afterwards v stays v_T, and each rank r folds its own gradient into the momentum, which then travels compressed, with
+    error feedback:
+
+        m_r <- beta1 m + (1 - beta1) (g_r + weight_decay x)         during backward
+        m   <- Q(1/n sum_r Q(m_r))                                  the all_reduce
+        x   <- x - lr m / (1 - beta1^t) / (sqrt(v_T / (1 - beta2^T)) + eps)
+
+    (with decoupled weight decay x <- x - lr weight_decay x instead of the term in m_r). m is taken up in `step` only: a step
+    that is not made changes nothing.
+
+    The floor. Where v_T is zero or tiny (an embedding's row that was not seen in warm-up) Adam's quotient would explode. So
+    v_T <- max(v_T, median / B^2), with the median of the parameter's non-zero v_T, and
+
+        B = (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)),
+
+    which by Cauchy and Schwarz is the largest |m| / sqrt(v) that Adam itself can reach, whatever the gradients (7.27 by
+    default). So a gradient as large as is usual for the parameter moves an element at most as far as Adam could. A parameter
+    that no gradient has reached takes the smallest floor of the others.
+
+    Source: QAdam of Bagua (Gan et al. 2021, arXiv:2107.01499) and 1-bit Adam (Tang et al. 2021, arXiv:2102.02888). Bagua's
+    drops the gradient of step T, corrects the frozen v with a beta2^t that moves on, loses weight decay after T and has no
+    error feedback; `bagua_compat` does as it does.
+
+    Without the algorithm, or before T, it is Adam. The state has Adam's names (`step`, `exp_avg`, `exp_avg_sq`); groups
+    remember `steps` and `frozen_step` (T, 0 in warm-up).
+
+    Args:
+        params: as in Adam: parameters, named parameters or groups, each with its own lr, betas, eps, weight_decay if wanted.
+        lr: learning rate.
+        warmup_steps: T, at least 1, in optimizer steps; 15 to 25 % of the training. "auto": at every 1/(1 - beta2) steps (1000
+            by default) the L1 norm of the bias-corrected v is compared with the one before; once the smaller is at least 0.96
+            of the larger, v is frozen: never before 2/(1 - beta2) steps. Source: 1-bit Adam, section 7.1.
+        betas: decay of momentum and of variance; beta1^2 < beta2.
+        eps: added to the root of the variance.
+        weight_decay: L2, or decoupled as in AdamW.
+        decoupled_weight_decay: see there.
+        bagua_compat: reproduces Bagua's deviations.
+        foreach: as in Adam, for warm-up.
+        fused: as in Adam, for warm-up. If both are None, fused is used where torch has it.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Example:
+        >>> optimizer = QAdam([torch.nn.Parameter(torch.zeros(3))], lr=1e-3, warmup_steps=500)
+        >>> optimizer.phase
+        <Phase.WARMUP: 'warmup'>
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        warmup_steps: int | Literal["auto"] = 100,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        bagua_compat: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        if warmup_steps != "auto" and (isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1):
+            raise ValueError(f"warmup_steps must be a number of steps, at least 1, or 'auto': got {warmup_steps!r}")
+        self._is_attached = False
+        self._calls: Counter[str] = Counter()
+        use_fused = fused is None and foreach is None and not bagua_compat
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            foreach=foreach,
+            fused=fused,
+        )
+        self.defaults.update(warmup_steps=warmup_steps, bagua_compat=bagua_compat)
+        for group in self.param_groups:
+            self._complete_group(group)
+            beta1, beta2 = group["betas"]
+            if beta1 * beta1 >= beta2:
+                raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
+            if use_fused and all(_has_fused(parameter) for parameter in group["params"]):
+                group["fused"] = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_is_attached", False)
+        self.__dict__.setdefault("_calls", Counter())
+        for group in self.param_groups:  # those of a checkpoint of Adam lack them
+            self._complete_group(group)
+            if not group["steps"]:
+                group["steps"] = max((int(_steps_of(self.state[p])) for p in group["params"] if p in self.state), default=0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in Adam; not after warm-up."""
+        if self.param_groups and self.phase is Phase.COMPRESSED:
+            raise RuntimeError("parameters cannot join a QAdam after warm-up: their variance would be unknown")
+        super().add_param_group(param_group)
+        self._complete_group(self.param_groups[-1])
+
+    @property
+    def warmup_steps(self) -> int | Literal["auto"]:
+        """T, in optimizer steps, or "auto"."""
+        value: int | Literal["auto"] = self.param_groups[0]["warmup_steps"]
+        return value
+
+    @property
+    def bagua_compat(self) -> bool:
+        """Whether Bagua's deviations are reproduced."""
+        return bool(self.param_groups[0]["bagua_compat"])
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of all groups."""
+        return Phase.COMPRESSED if self.param_groups[0]["frozen_step"] else Phase.WARMUP
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far."""
+        return max(int(group["steps"]) for group in self.param_groups)
+
+    @property
+    def zeroings(self) -> int:
+        """Calls of `zero_grad` so far."""
+        # In an object, not in a number: Lightning's LightningOptimizer calls methods on a shallow copy.
+        return self._calls["zero_grad"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in Adam; needed before each backward that follows a step: after warm-up `.grad` holds momentum."""
+        self._calls["zero_grad"] += 1
+        super().zero_grad(set_to_none)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of Adam in warm-up; afterwards takes up the momentum that `.grad` holds.
+
+        Raises:
+            RuntimeError: after warm-up, under a gradient scaler.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Asked after the closure: forward and backward may run inside, and the phase changes at a forward.
+        if self.phase is Phase.COMPRESSED:
+            self._refuse_loss_scaling()
+            self._step_with_momentum()
+        elif self.bagua_compat and self.warmup_steps != "auto" and self.steps + 1 == self.warmup_steps:
+            self._step_with_old_momentum()
+        else:
+            self._warn_if_alone()
+            # Without the hooks that torch wraps around each class's `step`: they belong to this one.
+            with torch.no_grad():
+                inspect.unwrap(torch.optim.Adam.step)(self)
+        for group in self.param_groups:
+            group["steps"] += 1
+        return loss
+
+    def momentum_of(self, parameter: Tensor) -> Tensor:
+        """Adam's `exp_avg`; zeros where a parameter has not been stepped yet."""
+        self._complete_state(parameter)
+        momentum: Tensor = self.state[parameter]["exp_avg"]
+        return momentum
+
+    def variance_norm(self) -> float:
+        """L1 norm of the bias-corrected variance."""
+        total = 0.0
+        for group in self.param_groups:
+            correction = 1 - group["betas"][1] ** max(group["steps"], 1)
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    variance = self.state[parameter]["exp_avg_sq"]
+                    total += float(variance.sum(dtype=torch.float64)) / correction
+        return total
+
+    def freeze(self) -> None:
+        """Ends warm-up: the variance stays as it is from here on, but for the floor. Called by the algorithm.
+
+        Raises:
+            RuntimeError: if no gradient was different from zero.
+        """
+        floors: dict[Tensor, float] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._complete_state(parameter)
+                state = self.state[parameter]
+                beta2 = group["betas"][1]
+                own_steps = _steps_of(state)
+                if not self.bagua_compat and 0 < own_steps != group["steps"]:
+                    # Steps without a gradient do not count for a parameter; the correction is the group's.
+                    state["exp_avg_sq"].mul_((1 - beta2 ** group["steps"]) / (1 - beta2**own_steps))
+                seen = state["exp_avg_sq"][state["exp_avg_sq"] > 0]
+                if seen.numel():
+                    floors[parameter] = float(seen.median()) / _largest_ratio(*group["betas"]) ** 2
+        if not floors:
+            raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
+        for group in self.param_groups:
+            group["frozen_step"] = group["steps"]
+            for parameter in group["params"]:
+                if not self.bagua_compat:
+                    self.state[parameter]["exp_avg_sq"].clamp_(min=floors.get(parameter, min(floors.values())))
+
+    def attach(self) -> None:
+        """Called by the algorithm that communicates for this optimizer."""
+        self._is_attached = True
+
+    @torch.no_grad()
+    def _step_with_momentum(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            steps, frozen = group["steps"] + 1, group["frozen_step"]
+            lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
+            scalars = {
+                "step_size": lr / (1 - beta1**steps),
+                "correction": math.sqrt(1 - beta2 ** (steps if self.bagua_compat else frozen)),
+                "eps": group["eps"],
+                "decay": 1 - lr * group["weight_decay"] if decoupled and not self.bagua_compat else 1.0,
+            }
+            stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+            torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
+            for (device, dtype), parameters in _by_kind(stepped):
+                tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
+                _native.qadam_step(DTYPES.index(dtype), tensors, **scalars, **launch_arguments(device, torch.get_num_threads()))
+
+    def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
+        momentum, state = parameter.grad, self.state[parameter]
+        assert momentum is not None
+        if momentum.stride() != parameter.stride():  # the kernel walks through memory, not through indices
+            momentum = parameter.grad = torch.empty_like(parameter).copy_(momentum)
+        return momentum.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), parameter.data_ptr()
+
+    @torch.no_grad()
+    def _step_with_old_momentum(self) -> None:
+        """Bagua's step T: its gradient is dropped, and the momentum of the step before is used again."""
+        for group in self.param_groups:
+            steps = group["steps"] + 1
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._complete_state(parameter)
+                    state = self.state[parameter]
+                    state["step"] += 1
+                    denominator = state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**steps) + group["eps"]
+                    parameter.addcdiv_(state["exp_avg"], denominator, value=-float(group["lr"]) / (1 - beta1**steps))
+
+    def _complete_group(self, group: dict[str, Any]) -> None:
+        group.setdefault("steps", 0)
+        group.setdefault("frozen_step", 0)
+        for name in ("warmup_steps", "bagua_compat"):
+            if name in self.defaults:  # not yet while Adam's constructor runs
+                group.setdefault(name, self.defaults[name])
+
+    def _complete_state(self, parameter: Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _warn_if_alone(self) -> None:
+        if not self._is_attached:
+            self._is_attached = True  # once
+            warnings.warn(
+                "QAdam without algorithm 'qadam' is plain Adam: nothing is compressed, whatever warmup_steps says. "
+                "Use AccelStrategy(algorithm='qadam') or lightning_accel.wrap(model, optimizer, 'qadam')",
+                stacklevel=3,
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A gradient scaler asks for it: yes means that the optimizer is told what the scaler knows, and stepped in any case. In
+        # warm-up the scaler shall unscale and skip by itself; after it, telling is how the scaler gives itself away.
+        return bool(self.param_groups) and self.phase is Phase.COMPRESSED
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Adam's constructor sets it for `fused`."""
+
+    def _refuse_loss_scaling(self) -> None:
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "QAdam cannot go on under a gradient scaler after warm-up: the momentum that travels would be scaled by a "
+                "factor that changes. Train in bf16 or float32 (precision='bf16-mixed'), which need no scaler"
+            )
+
+
+QAdamOptimizer = QAdam
+"""The name that Bagua gave it."""
+
+
+def launch_arguments(device: torch.device, threads: int) -> dict[str, Any]:
+    """How the native passes run on a device."""
+    is_cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
+    return {"threads": threads, "is_cuda": is_cuda, "stream": stream}
+
+
+def _steps_of(state: dict[str, Any]) -> float:
+    return float(state["step"]) if "step" in state else 0.0
+
+
+def _largest_ratio(beta1: float, beta2: float) -> float:
+    """B, the largest |m| / sqrt(v) that Adam can reach."""
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
+
+
+def _has_fused(parameter: Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+
+
+def _by_kind(parameters: Iterable[Tensor]) -> Iterator[tuple[tuple[torch.device, torch.dtype], list[Tensor]]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return iter(kinds.items())

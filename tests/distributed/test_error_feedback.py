@@ -1,0 +1,154 @@
+"""Error feedback through a real DDP and real optimizers: every rank against the specification, to the bit."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.models import GivenGradients, assert_gradients, few_kinds
+from helpers.ranks import run_ranks
+from helpers.tensors import assert_same_bits
+from lightning_accel import ByteGrad, Replica
+from lightning_accel.reference.bytegrad import bytegrad
+from lightning_accel.reference.collectives import Residuals
+
+CODECS = ("int4", "sign", "int8", "minmax_uint8", "bf16")
+
+
+class Trainer:
+    """One rank's model, with an optimizer that steps when told to."""
+
+    def __init__(self, gradients, algorithm, node_name="a", **options) -> None:
+        self.ddp = DistributedDataParallel(GivenGradients(gradients), **options)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3)
+        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=timedelta(seconds=30), node_name=node_name)
+
+    def backward(self, gradients) -> None:
+        self.optimizer.zero_grad()
+        self.ddp(gradients).backward()
+
+
+def zeros(of_ranks, num_workers: int) -> list[Residuals]:
+    return [Residuals.zeros(num_workers, tensor.numel()) for tensor in of_ranks[0]]
+
+
+def check(rank, world_size, codec, nodes):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(5)]
+    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
+    for options in ({"bucket_cap_mb": 25}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}):
+        algorithm = ByteGrad(codec, error_feedback=True, hierarchical=nodes is not None)
+        trainer = Trainer(steps[0][rank], algorithm, name, **options)
+        residuals = zeros(steps[0], len(nodes) if nodes else world_size)
+        for step, of_ranks in enumerate(steps):
+            trainer.backward(of_ranks[rank])
+            expected = bytegrad(of_ranks, codec, nodes=nodes, residuals=residuals)
+            assert_gradients(trainer.ddp.module, expected, f"{codec}, {options}, step {step}")
+            trainer.optimizer.step()
+        trainer.replica.close()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "nodes"), [(2, None), (3, None), (4, None), (4, ((0, 1), (2, 3))), (2, ((0,), (1,)))], ids=str
+)
+def test_residuals_travel_as_specified(world_size, nodes):
+    """Catches residuals by bucket, which DDP rebuilds after the first step, of the wrong rank, or added twice."""
+    for codec in CODECS if world_size == 2 else ("sign", "int4"):
+        run_ranks(check, world_size, codec, nodes)
+
+
+def skip_steps(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
+    trainer = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=0.02)
+    residuals = zeros(steps[0], world_size)
+    for step, of_ranks in enumerate(steps):
+        before = [Residuals([*kept.workers], kept.server) for kept in residuals]
+        trainer.backward(of_ranks[rank])
+        expected = bytegrad(of_ranks, "sign", residuals=residuals)
+        assert_gradients(trainer.ddp.module, expected, f"step {step}")
+        if step in (1, 2, 4):  # as a gradient scaler does
+            residuals = before
+        else:
+            trainer.optimizer.step()
+    trainer.replica.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_step_that_is_skipped_leaves_residuals_as_they_were(world_size):
+    """Catches residuals that are taken up in backward: what a skipped step would have sent is not lost, but undone."""
+    run_ranks(skip_steps, world_size)
+
+
+def poison(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
+    steps[1][1][1][1000] = float("nan")
+    trainer = Trainer(steps[0][rank], ByteGrad("int4"), bucket_cap_mb=0.02)
+    residuals = zeros(steps[0], world_size)
+    for step, of_ranks in enumerate(steps):
+        trainer.backward(of_ranks[rank])
+        expected = bytegrad(of_ranks, "int4", residuals=residuals)
+        assert_gradients(trainer.ddp.module, expected, f"step {step}")
+        assert trainer.ddp.module.p1.grad.isnan().sum() == (128 if step == 1 else 0)
+        trainer.optimizer.step()
+    trainer.replica.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_poisoned_block_keeps_its_residual(world_size):
+    """Catches a NaN that stays in a residual, and with it in every later gradient."""
+    run_ranks(poison, world_size)
+
+
+def save_and_go_on(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
+    trainer = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=0.02)
+    for of_ranks in steps[:3]:
+        trainer.backward(of_ranks[rank])
+        trainer.optimizer.step()
+    state = trainer.replica.algorithm.rank_state_dict()
+    other = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=25)
+    other.replica.algorithm.load_rank_state_dict(state)
+    for of_ranks in steps[3:]:
+        for each in (trainer, other):
+            each.backward(of_ranks[rank])
+            each.optimizer.step()
+        for one, two in zip(trainer.ddp.parameters(), other.ddp.parameters(), strict=True):
+            assert_same_bits(one.grad, two.grad)
+    smaller = Trainer(steps[0][rank][:3], ByteGrad("sign"))
+    with pytest.raises(ValueError, match=r"worker residuals have .* another model, number of ranks or hierarchy"):
+        smaller.replica.algorithm.load_rank_state_dict(state)
+    for each in (trainer, other, smaller):
+        each.replica.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_residuals_are_saved_and_restored(world_size):
+    """Catches a resumed run, with other buckets even, that starts from zero residuals."""
+    run_ranks(save_and_go_on, world_size)
+
+
+def count_bytes(rank, world_size, codec):
+    numel = 512 * 400
+    trainer = Trainer([torch.zeros(numel)], ByteGrad(codec))
+    for _ in range(3):
+        trainer.backward([torch.ones(numel)])
+    statistics = trainer.replica.statistics
+    trainer.replica.close()
+    return statistics.full_precision_bytes / statistics.sent_bytes
+
+
+@pytest.mark.parametrize(("codec", "ratio"), [("int8", 3.97), ("int4", 7.53), ("sign", 29.26)])
+def test_bytes_are_as_promised(codec, ratio):
+    """Catches headers or padding that eat the gain: 32 bits against 8.0625, 4.25 and 1.09375."""
+    for of_rank in run_ranks(count_bytes, 2, codec):
+        assert of_rank == pytest.approx(ratio, abs=0.01)
+
+
+def warn(rank, world_size):
+    ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match="sign.*qadam") if rank == 0 else pytest.MonkeyPatch.context():
+        Replica(ddp, ByteGrad("sign"), timeout=timedelta(seconds=30)).close()
+
+
+def test_sign_on_raw_gradients_warns_once():
+    run_ranks(warn, 2)

@@ -1,0 +1,410 @@
+"""qadam through a real DDP, on gloo: every rank against the specification, in both phases."""
+
+import contextlib
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.models import GivenGradients
+from helpers.ranks import run_ranks
+from helpers.tensors import assert_same_bits
+from lightning_accel import ByteGrad, CommunicationError, QAdam, QAdamAlgorithm, Replica, wrap
+from lightning_accel.optim import Phase
+from lightning_accel.reference.qadam import QAdam as Specification
+
+TIMEOUT = timedelta(seconds=30)
+SIZES = (700, 20_000, 33, 1)
+LOSSY = ("int8", "int4", "sign", "minmax_uint8")
+
+
+def gradients(world_size: int, step: int) -> list[list[torch.Tensor]]:
+    """Of each rank. Multiples of 12 in few bits: for up to four ranks their means are exact in whatever order they are summed."""
+    generator = torch.Generator().manual_seed(step)
+    return [
+        [12 * torch.randint(-50, 51, (numel,), generator=generator).float() * 2.0**-12 for numel in SIZES]
+        for _ in range(world_size)
+    ]
+
+
+class Trainer:
+    """One rank's model and optimizer, made from those of others too."""
+
+    def __init__(self, algorithm, groups=None, node_name="a", **options) -> None:
+        torch.manual_seed(5)
+        model = GivenGradients([torch.zeros(numel) for numel in SIZES])
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        self.start = [parameter.detach().clone() for parameter in model.parameters()]
+        self.ddp = DistributedDataParallel(model, bucket_cap_mb=0.02, gradient_as_bucket_view=True)
+        # The same implementation in warm-up as the specification's.
+        self.optimizer = QAdam(groups(model) if groups else model.parameters(), foreach=False, **options)
+        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT, node_name=node_name)
+
+    def step(self, own_gradients) -> None:
+        self.optimizer.zero_grad()
+        self.ddp(own_gradients).backward()
+        self.optimizer.step()
+
+    def assert_equals(self, wanted, what) -> None:
+        for k, (parameter, value) in enumerate(zip(self.ddp.module.parameters(), wanted, strict=True)):
+            assert_same_bits(parameter.data, value, f"{what}, parameter {k}")
+
+
+def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, nodes):
+    arguments = {"lr": 0.01, "warmup_steps": 3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
+    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
+    algorithm = QAdamAlgorithm(codec, error_feedback, hierarchical=nodes is not None)
+    trainer = Trainer(algorithm, node_name=name, decoupled_weight_decay=decoupled, **arguments)
+    specification = Specification(
+        trainer.start,
+        world_size,
+        decoupled=decoupled,
+        codec=codec,
+        nodes=nodes,
+        error_feedback=codec != "none" and error_feedback is None,
+        **arguments,
+    )
+    for step in range(8):
+        of_ranks = gradients(world_size, step)
+        trainer.step(of_ranks[rank])
+        specification.step(of_ranks)
+        trainer.assert_equals(specification.parameters, f"{codec}, step {step}")
+        assert trainer.optimizer.steps == step + 1
+        for parameter, momentum in zip(trainer.ddp.parameters(), specification.momenta, strict=True):
+            assert_same_bits(trainer.optimizer.state[parameter]["exp_avg"], momentum, f"momentum, step {step}")
+    assert trainer.optimizer.phase is Phase.COMPRESSED
+    trainer.replica.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_both_phases_are_as_specified_on_every_rank(world_size):
+    """Catches a dropped gradient at the switch, a moving correction of v, momentum folded twice or with another rank's."""
+    for codec in ("int8", "int4", "sign", "minmax_uint8", "bf16", "none") if world_size == 2 else ("int8", "sign"):
+        run_ranks(check, world_size, codec, None, 0.0, False, None)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_goes_on_after_warmup(decoupled):
+    """Catches weight decay that is lost with the gradient's way into the optimizer."""
+    run_ranks(check, 2, "int8", None, 0.1, decoupled, None)
+
+
+@pytest.mark.parametrize("nodes", [((0, 1), (2, 3)), ((0,), (1,))], ids=str)
+def test_by_nodes(nodes):
+    run_ranks(check, sum(len(node) for node in nodes), "sign", None, 0.0, False, nodes)
+
+
+def test_without_error_feedback():
+    run_ranks(check, 2, "int4", False, 0.0, False, None)
+
+
+def check_groups(rank, world_size):
+    def groups(model):
+        first, *rest = model.parameters()
+        return [{"params": [first], "lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}, {"params": rest}]
+
+    trainer = Trainer(QAdamAlgorithm("int8"), groups, lr=0.01, warmup_steps=2)
+    own = {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}
+    first = Specification(trainer.start[:1], world_size, warmup_steps=2, **own)
+    rest = Specification(trainer.start[1:], world_size, warmup_steps=2, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 3, 0.5)
+    for step in range(6):
+        of_ranks = gradients(world_size, step)
+        trainer.step(of_ranks[rank])
+        first.step([own[:1] for own in of_ranks])
+        rest.step([own[1:] for own in of_ranks])
+        trainer.assert_equals(first.parameters + rest.parameters, f"step {step}")
+        scheduler.step()
+        if step in (2, 5):
+            first.lr, rest.lr = first.lr * 0.5, rest.lr * 0.5
+    trainer.replica.close()
+
+
+def test_groups_have_their_own_betas_and_rates():
+    """Catches group 0's betas used for all, as in Bagua, and a scheduler that does not reach the kernel."""
+    run_ranks(check_groups, 2)
+
+
+def check_bagua(rank, world_size):
+    arguments = {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1}
+    trainer = Trainer(QAdamAlgorithm("minmax_uint8"), bagua_compat=True, **arguments)
+    specification = Specification(trainer.start, world_size, codec="minmax_uint8", error_feedback=False, bagua=True, **arguments)
+    right = Specification(trainer.start, world_size, codec="minmax_uint8", **arguments)
+    for step in range(7):
+        of_ranks = gradients(world_size, step)
+        trainer.step(of_ranks[rank])
+        specification.step(of_ranks)
+        right.step(of_ranks)
+        for parameter, wanted, other in zip(trainer.ddp.parameters(), specification.parameters, right.parameters, strict=True):
+            assert torch.allclose(parameter, wanted, rtol=0, atol=1e-6), step
+            assert step < 2 or len(other) < 700 or not torch.allclose(parameter, other, rtol=0, atol=1e-4)
+    trainer.replica.close()
+
+
+def test_bagua_compat_does_as_bagua_does():
+    run_ranks(check_bagua, 2)
+
+
+def accumulate(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
+    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="sign")
+    for step in range(6):
+        parts = [gradients(world_size, 3 * step + k) for k in range(3)]
+        trainer.optimizer.zero_grad(set_to_none=step % 2 == 0)
+        for k, part in enumerate(parts):
+            with trainer.ddp.no_sync() if k < 2 else contextlib.nullcontext():
+                trainer.ddp(part[rank]).backward()
+        trainer.optimizer.step()
+        sums = [[sum(tensors) for tensors in zip(*(part[r] for part in parts), strict=True)] for r in range(world_size)]
+        specification.step(sums)
+        trainer.assert_equals(specification.parameters, f"step {step}")
+    trainer.replica.close()
+
+
+def test_accumulated_gradients_fold_once():
+    """Catches momentum that decays once a micro-batch."""
+    run_ranks(accumulate, 2)
+
+
+def forget_to_zero(rank, world_size, how):
+    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
+    trainer.step(gradients(world_size, 0)[rank])
+    own = gradients(world_size, 1)[rank]
+    trainer.step(own)
+    with pytest.raises(CommunicationError, match=r"call optimizer\.zero_grad"):
+        if how == "step and no zero_grad":
+            trainer.ddp(own).backward()
+        else:
+            trainer.optimizer.zero_grad()
+            trainer.ddp(own).backward()
+            trainer.ddp(own).backward()
+    trainer.replica.close()
+
+
+@pytest.mark.parametrize("how", ["step and no zero_grad", "two backwards"])
+def test_a_backward_onto_momentum_is_refused(how):
+    """Catches gradients that are added to momentum, in silence."""
+    run_ranks(forget_to_zero, 2, how)
+
+
+def zero_in_every_way(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
+    trainer.step(gradients(world_size, 0)[rank])
+    own = gradients(world_size, 1)[rank]
+    for zero in (
+        trainer.optimizer.zero_grad,
+        trainer.ddp.zero_grad,
+        lambda: trainer.optimizer.zero_grad(set_to_none=False),
+        lambda: trainer.ddp.zero_grad(set_to_none=False),
+    ):
+        zero()
+        trainer.ddp(own).backward()
+        zero()  # a batch that is thrown away: no step
+        trainer.ddp(own).backward()
+        trainer.optimizer.step()
+    trainer.replica.close()
+
+
+def test_gradients_may_be_zeroed_in_every_way():
+    """Catches a refusal of what is right."""
+    run_ranks(zero_in_every_way, 2)
+
+
+def skip(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
+    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="sign")
+    for step in range(7):
+        of_ranks = gradients(world_size, step)
+        if step in (1, 4):  # a step that is not made, in each phase
+            trainer.optimizer.zero_grad()
+            trainer.ddp(of_ranks[rank]).backward()
+            continue
+        trainer.step(of_ranks[rank])
+        specification.step(of_ranks)
+        trainer.assert_equals(specification.parameters, f"step {step}")
+    trainer.replica.close()
+
+
+def test_a_step_that_is_not_made_changes_nothing():
+    """Catches momentum or residuals taken up in backward, and a phase that is counted in batches."""
+    run_ranks(skip, 2)
+
+
+def skip_on_one_rank(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=4)
+    phases = []
+    for step in range(9):
+        own = gradients(world_size, step)[rank]
+        trainer.optimizer.zero_grad()
+        trainer.ddp(own).backward()
+        phases.append(trainer.optimizer.phase is Phase.COMPRESSED)
+        if not (rank == 1 and step == 2):
+            trainer.optimizer.step()
+    trainer.replica.close()
+    return phases
+
+
+def test_all_ranks_change_phase_together():
+    """Catches a rank that goes on to compress while another, whose scaler skipped a step, still waits in an all_reduce."""
+    assert run_ranks(skip_on_one_rank, 2) == [[False] * 5 + [True] * 4] * 2
+
+
+def freeze_by_itself(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
+    frozen = []
+    for step in range(95):
+        own = gradients(world_size, step)[rank]
+        scale = 4 - min(step // 10, 3)  # the variance settles after that
+        trainer.step([scale * gradient for gradient in own])
+        frozen.append(trainer.optimizer.param_groups[0]["frozen_step"])
+    state = trainer.replica.state_dict()
+    trainer.replica.close()
+    return next(step for step in frozen if step), state["algorithm"]["due_step"]
+
+
+def test_warmup_may_end_by_itself():
+    """Catches a variance that is frozen while it still changes, or before two intervals of 1/(1 - beta2) = 10 steps."""
+    for frozen_step, _ in run_ranks(freeze_by_itself, 2):
+        assert frozen_step == 90
+
+
+def freeze_at_the_floor(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
+    for _ in range(30):
+        trainer.step(gradients(world_size, 0)[rank])
+    trainer.replica.close()
+    return trainer.optimizer.param_groups[0]["frozen_step"]
+
+
+def test_warmup_ends_after_two_intervals_at_the_earliest():
+    assert run_ranks(freeze_at_the_floor, 2) == [20, 20]
+
+
+def resume(rank, world_size, stop):
+    arguments = {"lr": 0.01, "warmup_steps": 4}
+    trainer = Trainer(QAdamAlgorithm("sign"), **arguments)
+    for step in range(stop):
+        trainer.step(gradients(world_size, step)[rank])
+    saved = (
+        copy.deepcopy(trainer.optimizer.state_dict()),
+        trainer.replica.state_dict(),
+        trainer.replica.algorithm.rank_state_dict(),
+    )
+    again = Trainer(QAdamAlgorithm("sign"), **arguments)
+    for old, new in zip(trainer.ddp.parameters(), again.ddp.parameters(), strict=True):
+        new.data.copy_(old.data)
+    again.optimizer.load_state_dict(saved[0])
+    again.replica.load_state_dict(saved[1])
+    again.replica.algorithm.load_rank_state_dict(saved[2])
+    for step in range(stop, 9):
+        for each in (trainer, again):
+            each.step(gradients(world_size, step)[rank])
+        again.assert_equals([parameter.data for parameter in trainer.ddp.parameters()], f"step {step}")
+    trainer.replica.close()
+    again.replica.close()
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_resumed_in_either_phase(stop):
+    """Catches a warm-up that starts again, a second freeze, and lost residuals."""
+    run_ranks(resume, 2, stop)
+
+
+def misuse(rank, world_size):
+    linear = torch.nn.Linear(2, 2)
+    ddp = DistributedDataParallel(linear)
+    with pytest.raises(ValueError, match=r"needs lightning_accel.QAdam as every optimizer .*: got SGD"):
+        Replica(ddp, QAdamAlgorithm(), [torch.optim.SGD(linear.parameters(), lr=1)], timeout=TIMEOUT)
+    halves = [QAdam([linear.weight], warmup_steps=3), QAdam([linear.bias], warmup_steps=4)]
+    with pytest.raises(ValueError, match="need the same warmup_steps"):
+        Replica(DistributedDataParallel(torch.nn.Linear(2, 2)), QAdamAlgorithm(), halves, timeout=TIMEOUT)
+    ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
+    replica = Replica(ddp, QAdamAlgorithm(), timeout=TIMEOUT)
+    with pytest.raises(RuntimeError, match="knows no optimizer"):
+        ddp(torch.ones(1, 2))
+    replica.close()
+
+
+def test_misuse_is_refused_on_all_ranks():
+    run_ranks(misuse, 2)
+
+
+def two_optimizers(rank, world_size):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
+    optimizers = [QAdam(layer.parameters(), lr=0.05, warmup_steps=5) for layer in model]
+    inputs = torch.randn(16, 6) + rank
+    with wrap(model, optimizers, "qadam", codec="int4") as ddp:
+        losses = []
+        for _ in range(40):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = (ddp(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses.append(loss.item())
+    assert all(optimizer.phase is Phase.COMPRESSED for optimizer in optimizers)
+    assert losses[-1] < 0.2 * losses[0]
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
+def test_several_optimizers_share_a_phase():
+    """Catches buckets that hold parameters of two phases; ranks must end with the same weights."""
+    first, second = run_ranks(two_optimizers, 2)
+    assert first == second
+
+
+@pytest.mark.parametrize(("codec", "ratio"), [("int8", 3.97), ("int4", 7.53), ("sign", 29.26)])
+def test_bytes_after_warmup_are_as_promised(codec, ratio):
+    def steps(rank_result):
+        return [after - before for before, after in zip([0, *rank_result], rank_result, strict=False)]
+
+    for of_rank in run_ranks(count_after_warmup, 2, codec):
+        warm, _, compressed = steps(of_rank)
+        assert warm == 4 * 512 * 400
+        assert warm / compressed == pytest.approx(ratio, abs=0.01)
+
+
+def count_after_warmup(rank, world_size, codec):
+    torch.manual_seed(0)
+    model = GivenGradients([torch.zeros(512 * 400)])
+    optimizer = QAdam(model.parameters(), warmup_steps=1)
+    with wrap(model, optimizer, "qadam", codec=codec) as ddp:
+        sent = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            ddp([torch.ones(512 * 400)]).backward()
+            optimizer.step()
+            sent.append(ddp.statistics.sent_bytes)
+    return sent
+
+
+def mixed(rank, world_size):
+    torch.manual_seed(2)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    model = GivenGradients([torch.zeros(600, dtype=dtype) for dtype in dtypes], frozen=[0])
+    optimizer = QAdam([p for p in model.parameters() if p.requires_grad], lr=0.1, warmup_steps=2)
+    with wrap(model, optimizer, "qadam", bucket_cap_mb=0.001) as ddp:
+        for _ in range(5):
+            optimizer.zero_grad()
+            ddp([torch.full((600,), 1.0 + rank, dtype=dtype) for dtype in dtypes]).backward()
+            optimizer.step()
+    # Gradients of one sign move every element by about the learning rate each step.
+    assert model.p1.float().mean().item() == pytest.approx(-0.5, rel=0.3)
+    assert model.p2.mean().item() == pytest.approx(-0.5, rel=0.3)
+    assert (model.p0 == 0).all()
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
+def test_mixed_dtypes_and_frozen_parameters():
+    first, second = run_ranks(mixed, 2)
+    assert first == second
+
+
+def test_other_algorithms_do_not_ask_for_qadam():
+    assert ByteGrad().keeps_gradients
+    assert not QAdamAlgorithm().keeps_gradients
