@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning_accel_autoload
 from lightning_accel.algorithms import (
     Algorithm,
+    AsyncAverage,
     BoundAlgorithm,
     ByteGrad,
     Context,
@@ -43,6 +44,7 @@ __all__ = [
     "AccelDataParallel",
     "AccelStrategy",
     "Algorithm",
+    "AsyncAverage",
     "BoundAlgorithm",
     "ByteGrad",
     "CommunicationError",

@@ -21,6 +21,8 @@ from lightning_accel.replica import Replica
 class AccelDataParallel(DistributedDataParallel):
     """torch's DistributedDataParallel with an algorithm attached; made by `wrap`, ended by `unwrap` or a `with` block.
 
+    Either leaves equal weights on all ranks; but a `with` block that an exception ends leaves them as they are.
+
     A copy or a pickle of it has no algorithm: it is plain DDP.
 
     Attributes:
@@ -46,7 +48,11 @@ class AccelDataParallel(DistributedDataParallel):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.replica.close()
+        try:
+            if kind is None:  # an exception may be this rank's alone
+                self.replica.consensus()
+        finally:
+            self.replica.close()
 
 
 def wrap(

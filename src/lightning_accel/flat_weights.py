@@ -58,6 +58,12 @@ class FlatWeights:
         for buffer, group in zip(buffers, self._tensors, strict=True):
             torch._foreach_copy_(group, self._views[id(buffer)])
 
+    @torch.no_grad()
+    def add(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Adds to the tensors what buffers made by `allocate` hold; not while a backward may still need them."""
+        for buffer, group in zip(buffers, self._tensors, strict=True):
+            torch._foreach_add_(group, self._views[id(buffer)])
+
 
 def segments(parts: Sequence[int], start: int, stop: int) -> tuple[list[int], list[int]]:
     """First elements, counted from `start`, and sizes of the tensors, or what of them lies in `start` to `stop` of a buffer."""

@@ -28,6 +28,7 @@ BASES = {
     "accel_decentralized": {"algorithm": "decentralized"},
     "accel_low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
     "accel_qadam": {"algorithm": "qadam"},
+    "accel_async": {"algorithm": "async"},
     "accel_spawn": {"start_method": "spawn"},
     "accel_fork": {"start_method": "fork"},
     "accel_notebook": {"start_method": "fork"},

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_accel import (
     Algorithm,
+    AsyncAverage,
     ByteGrad,
     Decentralized,
     GradientAllReduce,
@@ -27,7 +28,7 @@ def _registry_as_before():
 
 def test_the_names_are_there():
     """Catches an algorithm whose module is not imported, so that its name is unknown."""
-    assert {"gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized"} <= set(algorithm_names())
+    assert {"gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", "async"} <= set(algorithm_names())
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_the_names_are_there():
         GradientAllReduce(average=False),
         Decentralized("shift_one", communication_interval=2),
         LowPrecisionDecentralized("bf16", hierarchical=False),
+        AsyncAverage(sync_interval_ms=7, warmup_steps=3),
     ],
 )
 def test_options_travel_to_other_processes(algorithm):
@@ -45,7 +47,7 @@ def test_options_travel_to_other_processes(algorithm):
     assert again == algorithm
     assert hash(again) == hash(algorithm)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        algorithm.hierarchical = True
+        setattr(algorithm, dataclasses.fields(algorithm)[0].name, True)
 
 
 def test_made_by_name_or_as_it_is():
@@ -110,6 +112,18 @@ def test_peer_selection_mode_is_checked_when_made():
     """As above."""
     with pytest.raises(ValueError, match="peer_selection_mode must be one of all, shift_one: got 'ring'"):
         Decentralized("ring")
+
+
+def test_async_is_checked_when_made():
+    """As above; and an interval that never passes, or a warm-up whose end is counted in something else than rounds."""
+    for value in (0, -1, 0.5, True, "500", None):
+        with pytest.raises(ValueError, match="sync_interval_ms must be a positive number of milliseconds: got"):
+            AsyncAverage(sync_interval_ms=value)
+    for value in (-1, 0.5, False, None):
+        with pytest.raises(ValueError, match="warmup_steps must be a number of rounds, 0 or more: got"):
+            make_algorithm("async", {"warmup_steps": value})
+    assert make_algorithm("async") == AsyncAverage(sync_interval_ms=500, warmup_steps=0)
+    assert make_algorithm("async", {"sync_interval_ms": 1}) == AsyncAverage(sync_interval_ms=1)
 
 
 def test_a_name_belongs_to_one_class():

@@ -1,5 +1,6 @@
 """One algorithm a file, and the registry of their names."""
 
+from lightning_accel.algorithms.async_average import AsyncAverage
 from lightning_accel.algorithms.base import (
     Algorithm,
     BoundAlgorithm,
@@ -16,6 +17,7 @@ from lightning_accel.algorithms.qadam import QAdamAlgorithm
 
 __all__ = [
     "Algorithm",
+    "AsyncAverage",
     "BoundAlgorithm",
     "ByteGrad",
     "Context",

@@ -90,6 +90,16 @@ class BoundAlgorithm:
     """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
     on another device."""
 
+    relays_termination = False
+    """Whether ranks tell each other that one of them is to end (SIGTERM) by messages that the algorithm sends anyway. Then
+    nobody waits for all others at each batch to hear of it; see docs/design/0006-sigterm.md."""
+
+    is_in_lockstep = True
+    """Whether ranks wait for each other in this round; asked if `relays_termination`."""
+
+    is_terminating = False
+    """Whether a rank is to end, as all ranks know; the same on all of them after `pause` and `consensus`."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator
@@ -127,6 +137,9 @@ class BoundAlgorithm:
 
     def resume(self) -> None:
         """Starts it again. Collective and idempotent."""
+
+    def request_termination(self) -> None:
+        """Lets all ranks know that this one is to end; if `relays_termination`. Called by a signal handler: must not wait."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs and all ranks hold alike, as tensors, numbers, strings, lists and dicts."""

@@ -34,8 +34,8 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", another
-            registered name, or an `Algorithm` object.
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
+            another registered name, or an `Algorithm` object.
         codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
             "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
@@ -44,6 +44,8 @@ class FabricAccelMixin(_Base):
         average: the mean of gradients (default) or, with False, their sum.
         peer_selection_mode: decentralized: "all" (default) or "shift_one".
         communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
         **kwargs: of Fabric's DDPStrategy, such as process_group_backend, timeout, start_method, and of torch's
             DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
@@ -65,6 +67,8 @@ class FabricAccelMixin(_Base):
         average: bool | None = None,
         peer_selection_mode: Literal["all", "shift_one"] | None = None,
         communication_interval: int | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -75,6 +79,8 @@ class FabricAccelMixin(_Base):
             "average": average,
             "peer_selection_mode": peer_selection_mode,
             "communication_interval": communication_interval,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
         }
         of_base = inspect.signature(super().__init__).parameters
         check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))

@@ -21,6 +21,7 @@ from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
 from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device, check_gradients_stay
+from lightning_accel.strategy.sigterm import SigtermRelay
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
@@ -35,8 +36,8 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", another
-            registered name, or an `Algorithm` object.
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
+            another registered name, or an `Algorithm` object.
         codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
             "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
@@ -45,6 +46,8 @@ class AccelMixin(_Base):
         average: the mean of gradients (default) or, with False, their sum.
         peer_selection_mode: decentralized: "all" (default) or "shift_one".
         communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
         parallel_devices: devices of this node.
         cluster_environment: ranks and addresses.
@@ -87,6 +90,8 @@ class AccelMixin(_Base):
         average: bool | None = None,
         peer_selection_mode: Literal["all", "shift_one"] | None = None,
         communication_interval: int | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         options = {
@@ -96,6 +101,8 @@ class AccelMixin(_Base):
             "average": average,
             "peer_selection_mode": peer_selection_mode,
             "communication_interval": communication_interval,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
         }
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
@@ -112,6 +119,7 @@ class AccelMixin(_Base):
         )
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replica: Replica | None = None
+        self._sigterm: SigtermRelay | None = None
         self._restored: rank_state.Restored | None = None
         self._final_state: rank_state.State | None = None
         self._statistics = Statistics()
@@ -145,6 +153,8 @@ class AccelMixin(_Base):
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
             check_checkpoint_io(self.checkpoint_io, self._state)
+            if self._replica.algorithm.relays_termination and self.world_size > 1:
+                self._sigterm = SigtermRelay(trainer, self._replica.algorithm, self._reach_consensus)
 
     def optimizer_step(
         self,
@@ -246,6 +256,9 @@ class AccelMixin(_Base):
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
         self._close_replica()
+        if self._sigterm is not None:
+            self._sigterm.end()
+            self._sigterm = None
         self._restored = None  # by a validation, perhaps: the next fit may be another one
         super().teardown()
 
@@ -271,6 +284,8 @@ class AccelMixin(_Base):
             held = [value for callback in callbacks for value in vars(callback).values()]
             self._replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
             self._replica.consensus()
+            if self._sigterm is not None:
+                self._sigterm.stop_if_terminating()
 
     def _state(self) -> rank_state.State:
         assert self._replica is not None
