@@ -26,8 +26,17 @@ def _strategy(**options: Any) -> AccelStrategy:
 class BatchNormed(Net):
     def __init__(self) -> None:
         super().__init__()
+        self.started: torch.Tensor | None = None
+        self.was_in_lockstep: list[bool] = []
         self.net.append(torch.nn.BatchNorm1d(self.net[2].out_features))
         self.evaluated: list[torch.Tensor] = []
+
+    def on_train_start(self) -> None:
+        self.started = weights(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.was_in_lockstep.append(self.trainer.strategy._replica.algorithm.is_in_lockstep)
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -36,9 +45,9 @@ class BatchNormed(Net):
 
 def _evaluated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     module = BatchNormed()
-    saver = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1)
+    savers = [ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1), ModelCheckpoint(folder, save_top_k=-1)]
     data = points(12, world_size)
-    strategy = _strategy()
+    strategy = _strategy(warmup_steps=1)
     runner = trainer(
         strategy,
         rank,
@@ -47,11 +56,19 @@ def _evaluated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         val_check_interval=2,
         limit_val_batches=1,
         enable_checkpointing=True,
-        callbacks=[saver],
+        callbacks=savers,
         max_epochs=2,
     )
     runner.fit(module, data, data)
+    resumed = BatchNormed()
+    path = Path(folder) / "epoch=0-step=3.ckpt"
+    trainer(_strategy(warmup_steps=1), rank, world_size, accumulate_grad_batches=4, max_epochs=2).fit(
+        resumed, data, ckpt_path=path
+    )
     return {
+        "resumed": (resumed.started, resumed.was_in_lockstep),
+        "in lockstep": module.was_in_lockstep,
+        "at the end again": weights(resumed),
         "evaluated": module.evaluated,
         "end": weights(module),
         "history": module.history,
@@ -72,7 +89,17 @@ def test_what_is_evaluated_and_saved_is_one_model(tmp_path: Path) -> None:
     assert one["sent"] > 0
     saved = torch.load(tmp_path / "epoch=1-step=5.ckpt", weights_only=True)
     assert saved["lightning_accel"]["algorithm"] == "async"
-    assert saved["lightning_accel"]["replica"] == {"rounds": 5, "algorithm": {"rounds": 5}}
+    assert saved["lightning_accel"]["replicas"] == [{"rounds": 5, "algorithm": {"rounds": 5}}]
+    saved = torch.load(tmp_path / "epoch=0-step=3.ckpt", weights_only=True)
+    names = [name for name, _ in BatchNormed().named_parameters()]
+    for seen in (one, other):
+        # Accumulated over four batches, the first round is the warm-up; a resumed run has it behind it.
+        assert seen["in lockstep"] == [True] * 4 + [False] * 20
+        started, was_in_lockstep = seen["resumed"]
+        assert torch.equal(started, torch.cat([saved["state_dict"][name].flatten() for name in names]))
+        assert len(was_in_lockstep) >= 12
+        assert not any(was_in_lockstep)
+        assert torch.equal(seen["at the end again"], one["at the end again"])
 
 
 class Slow(Net):
