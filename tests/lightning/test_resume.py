@@ -13,6 +13,7 @@ from lightning_fits import Ranks, points, weights
 
 from helpers import drifting  # noqa: F401 - registers the algorithm
 from helpers.ranks import run_ranks
+from lightning_accel import Decentralized, LowPrecisionDecentralized
 
 STEPS, EPOCHS, SAVED = 3, 4, 2
 
@@ -150,6 +151,20 @@ def test_a_resumed_fit_is_the_uninterrupted_one_to_the_bit(tmp_path, root):
     own = [torch.load(file, weights_only=True)["entries"] for file in sorted(files.iterdir())]
     assert own[0].keys() == {"optimizer_states", "lr_schedulers", "MixedPrecision"}
     assert own[0]["MixedPrecision"]["scale"] != own[1]["MixedPrecision"]["scale"]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [Decentralized("shift_one", communication_interval=2), LowPrecisionDecentralized(communication_interval=2)],
+    ids=lambda algorithm: algorithm.name,
+)
+def test_weight_algorithms_go_on_with_the_same_bits(tmp_path, algorithm):
+    """Catches an exchange at another round than before, replicas that do not follow from the file, and averaged momenta."""
+    one, other = run_ranks(resume, 2, str(tmp_path), "lightning.pytorch", algorithm)
+    for seen in (one, other):
+        assert seen["resumed differs"] == set()
+        assert seen["heard"] == []
+    assert {"optimizer", "scale"} <= differ(one["whole"], other["whole"]), "a test of equal ranks could not fail"
 
 
 def be_killed(rank, world_size, folder):
