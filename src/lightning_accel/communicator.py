@@ -488,7 +488,7 @@ class Communicator:
             if self._failure is None:
                 self._failure = CommunicationError(
                     f"{self.name}: {label} failed on rank {self.rank} of {self.world_size}: {type(error).__name__}: {error}. "
-                    "No rank steps with this gradient. If another rank failed first, its log has the cause; else look for a "
+                    "No rank steps with what has arrived. If another rank failed first, its log has the cause; else look for a "
                     "rank that was killed, is stuck, or cannot be reached over the network."
                 )
                 self._failure.__cause__ = error

@@ -245,6 +245,17 @@ def test_cli_takes_options(cli: Any, codec: str) -> None:
     assert strategy._start_method == "spawn"
 
 
+def test_cli_takes_options_of_weight_algorithms(cli: Any) -> None:
+    """As above."""
+    strategy = cli(
+        *("--trainer.strategy", "lightning_accel.AccelStrategy"),
+        *("--trainer.strategy.algorithm", "decentralized"),
+        *("--trainer.strategy.peer_selection_mode", "shift_one"),
+        *("--trainer.strategy.communication_interval", "3"),
+    )
+    assert strategy.algorithm == lightning_accel.Decentralized("shift_one", communication_interval=3)
+
+
 @pytest.mark.parametrize(("option", "value"), [("bucket_cap", "7"), ("codec", "int9"), ("algorithm", "bytgrad")])
 def test_cli_refuses_what_the_constructor_refuses(cli: Any, capsys: Any, option: str, value: str) -> None:
     """Catches a wrong option that LightningCLI swallows."""
