@@ -564,7 +564,7 @@ def plainly(rank, world_size, folder):
     path = Path(folder) / "async.pt"
     model, optimizer = make()
     with accel.wrap(model, optimizer, "async", sync_interval_ms=5, warmup_steps=1) as ddp:
-        train(ddp, optimizer, 3)
+        train(ddp, optimizer, 3 + rank)
         poll(lambda: train(ddp, optimizer, 1) or ddp.replica.algorithm.averagings > 0, "no averaging")
         accel.save_checkpoint(path, ddp, optimizer)
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
