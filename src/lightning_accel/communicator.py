@@ -57,7 +57,8 @@ class Statistics:
 
     Attributes:
         sent_bytes: bytes sent to other ranks.
-        full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends.
+        full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends; where weights travel, of
+            the gradients of every round.
         communication_seconds: spent in communication, most of it beside backward; lanes that overlap count each.
         exposed_seconds: the training thread's share: it waited.
     """

@@ -8,8 +8,8 @@ crashed is another matter: kernels answer for their processes however busy these
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
+from pathlib import Path
 
 UNREACHABLE_SECONDS = 120.0
 """How long a host may be silent."""
@@ -31,7 +31,8 @@ def watch_connections() -> None:
     )
     # Not by Python's sockets: making one of a descriptor may change whether it blocks.
     setsockopt = ctypes.CDLL(None).setsockopt
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        for level, option, value in options:
-            if setsockopt(int(name), level, option, ctypes.byref(ctypes.c_int(value)), ctypes.sizeof(ctypes.c_int)) != 0:
+    for descriptor in Path("/proc/self/fd").iterdir():
+        for level, name, value in options:
+            integer = ctypes.c_int(value)
+            if setsockopt(int(descriptor.name), level, name, ctypes.byref(integer), ctypes.sizeof(integer)) != 0:
                 break

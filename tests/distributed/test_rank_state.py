@@ -29,7 +29,11 @@ class Run:
         torch.seed()
         self.rank = rank
         model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 2))
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        self.optimizer = (
+            accel.QAdam(model.parameters(), lr=0.01, warmup_steps=2)
+            if algorithm == "qadam"
+            else torch.optim.Adam(model.parameters(), lr=0.01)
+        )
         self.ddp = accel.wrap(model, self.optimizer, algorithm)
 
     def __enter__(self):
@@ -57,9 +61,9 @@ class Run:
         replica = self.ddp.replica
         found = {f"weight {name}": weight.detach() for name, weight in self.ddp.module.named_parameters()}
         for place, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer {place} {name}": value for name, value in state.items()}
-        for place, residual in enumerate(replica.algorithm.rank_state_dict().get("residuals", ())):
-            found[f"residual {place}"] = residual
+            found |= {f"optimizer {place} {name}": torch.as_tensor(value) for name, value in state.items()}
+        for kind, residuals in replica.algorithm.rank_state_dict().items():
+            found |= {f"residual {kind} {place}": residual for place, residual in enumerate(residuals)}
         found["counters"] = torch.tensor([replica.rounds, getattr(replica.algorithm, "steps", 0)])
         found["torch"] = torch.get_rng_state()
         found["python"] = torch.tensor(random.getstate()[1])
@@ -127,6 +131,16 @@ def test_where_ranks_hold_the_same_there_are_no_files(tmp_path):
     assert differ(one, other) == {"torch", "python"}
     assert listed == ["last.pt"]
     assert (mine, theirs) == (0, 0)
+
+
+@pytest.mark.parametrize(("algorithm", "world_size"), [(accel.ByteGrad(codec="int4"), 3), ("qadam", 2)])
+def test_residuals_go_on_to_the_bit(tmp_path, algorithm, world_size):
+    """Catches residuals that start anew, and momenta that travel again as gradients."""
+    ranks = run_ranks(resume, world_size, str(tmp_path), algorithm)
+    saved, listed, _ = ranks[0]
+    assert len(listed) == 3 + world_size
+    assert any(value.any() for name, value in saved.items() if name.startswith("residual"))
+    assert differ(saved, ranks[1][0]) == {"residual", "torch", "python"}
 
 
 def save_once(rank, world_size, folder):
