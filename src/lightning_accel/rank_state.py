@@ -171,15 +171,15 @@ def save_checkpoint(
     """
     rank, world_size = _place(group)
     name = f"step-{max(state.rounds, default=0)}-{secrets.token_hex(4)}"
-    said = _all_gather((name, state.needs_file, _generators()), group)
-    folder = said[0][0] if any(needs_file for _, needs_file, _ in said) else None
+    said = _all_gather((name, state.rounds, state.needs_file, _generators()), group)
+    folder = said[0][0] if any(needs_file for _, _, needs_file, _ in said) else None
     if folder is not None:
         own = {
             "version": _VERSION,
             "folder": folder,
             "rank": rank,
             "world_size": world_size,
-            "rounds": state.rounds,
+            "rounds": said[0][1],  # the checkpoint's: with async this rank may have finished another number
             "replicas": state.own,
             "entries": dict(entries) if state.ranks_differ else {},
         }
@@ -190,7 +190,7 @@ def save_checkpoint(
             if rank == 0:
                 remove_files(path, folder)
             raise
-    part = state.part(world_size, [generators for _, _, generators in said], folder)
+    part = state.part(world_size, [generators for *_, generators in said], folder)
     together(lambda: write(part), f"write {os.fspath(path)}", group)
     if rank == 0:
         remove_files(path, but=folder)

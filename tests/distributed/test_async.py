@@ -50,8 +50,8 @@ def gradients_of(rank, step):
 class Training:
     """Steps with given gradients, by hand: the clock of the averaging thread stands still unless it is moved."""
 
-    def __init__(self, rank, world_size, **options):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank, world_size, device, **options):
+        self.rank, self.world_size, self.device = rank, world_size, device
         shapes = gradients_of(0, 0)
         shapes[TIED[1]] = torch.zeros(KINDS[TIED[0]][0])
         module = GivenGradients(shapes, tied=[TIED], frozen=[FROZEN])
@@ -59,6 +59,7 @@ class Training:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_()
+        module.to(device)
         self.ddp = DistributedDataParallel(module, bucket_cap_mb=0.001)
         self.optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=RATE)
         self.now = 0.0
@@ -78,13 +79,14 @@ class Training:
 
     @property
     def weights(self):
-        return [parameter.detach().clone() for parameter in self.ddp.module.parameters()]
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.ddp.module.parameters()]
 
     def round(self, micro_batches=1):
         self.optimizer.zero_grad()
+        gradients = [given if given is None else given.to(self.device) for given in gradients_of(self.rank, self.steps)]
         for k in range(micro_batches):
             with self.ddp.no_sync() if k < micro_batches - 1 else contextlib.nullcontext():
-                self.ddp(gradients_of(self.rank, self.steps)).backward()
+                self.ddp(gradients).backward()
         self.optimizer.step()
         self.steps += 1
 
@@ -169,9 +171,9 @@ SCHEDULE = (
 )  # fmt: skip
 
 
-def follow_schedule(rank, world_size):
+def follow_schedule(rank, world_size, device="cpu"):
     """Ranks from 2 on do what rank 1 does."""
-    training = Training(rank, world_size, sync_interval_ms=1000, warmup_steps=WARMUP_STEPS)
+    training = Training(rank, world_size, device, sync_interval_ms=1000, warmup_steps=WARMUP_STEPS)
     references = References(training.weights, world_size)
     spread = []
     for step in range(WARMUP_STEPS):
@@ -232,7 +234,7 @@ def follow_schedule(rank, world_size):
 
 def spread_of(module):
     """The largest difference of a weight, or of a floating buffer, between this rank and rank 0."""
-    own = torch.cat([tensor.detach().flatten().double() for tensor in module.state_dict().values()])
+    own = torch.cat([tensor.detach().flatten().double().cpu() for tensor in module.state_dict().values()])
     others = own.clone()
     dist.broadcast(others, 0)
     return (own - others).abs().max().item()
@@ -564,7 +566,7 @@ def plainly(rank, world_size, folder):
     path = Path(folder) / "async.pt"
     model, optimizer = make()
     with accel.wrap(model, optimizer, "async", sync_interval_ms=5, warmup_steps=1) as ddp:
-        train(ddp, optimizer, 3)
+        train(ddp, optimizer, 3 + rank)
         poll(lambda: train(ddp, optimizer, 1) or ddp.replica.algorithm.averagings > 0, "no averaging")
         accel.save_checkpoint(path, ddp, optimizer)
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
