@@ -15,7 +15,7 @@ EDITABLE_OPTIONS = --config-settings=cmake.define.ACCEL_CUDA=$(ACCEL_CUDA) \
   --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(if $(GPU),native,all-major)
 
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
-NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt \))
+NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name CMakeLists.txt \))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format native cuda bench docs cuda-check clean
@@ -48,12 +48,12 @@ lint: $(STAMP)  ## style, formatting and types, Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMP)  ## puts Python and C++ into the form that lint asks for
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find native -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs $(BIN)/clang-format -i
 
 native: $(STAMP)  ## the kernels' own tests, plain and under AddressSanitizer and UBSan
 	$(call native-tests,build/native,OFF)

@@ -4,13 +4,15 @@
     python benchmarks/bench_codecs_cuda.py --codecs int8 --sizes-mib 256
 
 An operation's bytes are those it must read and write once: tensor and message for encode and decode, message and twice the
-accumulator for decode_accumulate, all messages and the result for decode_sum_encode. The copy's are twice the tensor's. Each
-time is the median of single calls, enqueued one behind another so that the GPU never waits for Python, between CUDA events.
+accumulator for decode_accumulate, all messages and the result for decode_sum_encode; error feedback adds twice the residuals.
+The copy's are twice the tensor's. Each time is the median of single calls, enqueued one behind another so that the GPU never
+waits for Python, between CUDA events.
 
 Beside int8's encode stands the same formula in torch operations, plain and under torch.compile, counted with the same bytes.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -41,7 +43,7 @@ def median_ms(call: Callable[[], object], num_calls: int) -> float:
 
 
 def torch_int8_encode(tensor: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor) -> None:
-    """codec_int8.h in torch operations; `tensor` and `codes` are rows of a block."""
+    """int8 of codec_symmetric.h in torch operations; `tensor` and `codes` are rows of a block."""
     values = tensor.float()
     absmax = values.abs().amax(dim=1)  # NaN and Inf come through
     is_poisoned = ~absmax.isfinite()
@@ -88,6 +90,13 @@ class Bench:
         self.run(name, codec, "encode", tensor.nbytes + wire.nbytes, lambda: codecs.encode(plan, tensor, wire))
         if codec == "int8":
             self.run_torch_int8(name, tensor, wire)
+        residuals = None
+        if codec != "none":  # which loses nothing
+            memory = torch.zeros(tensor.numel(), device="cuda")
+            residuals = codecs.Residuals(memory, memory)
+            num_bytes = tensor.nbytes + wire.nbytes + 2 * memory.nbytes
+            call = functools.partial(codecs.encode, plan, tensor, wire, residuals)
+            self.run(name, codec, "encode, error feedback", num_bytes, call)
         self.run(name, codec, "decode", tensor.nbytes + wire.nbytes, lambda: codecs.decode(plan, wire, target))
 
         sums = torch.zeros(tensor.numel(), dtype=plan.value_dtype, device="cuda")
@@ -96,13 +105,12 @@ class Bench:
 
         messages = wire.repeat(NUM_MESSAGES)
         options = {"count": NUM_MESSAGES, "stride_bytes": plan.wire_bytes, "divisor": float(NUM_MESSAGES)}
-        self.run(
-            name,
-            codec,
-            f"decode_sum_encode of {NUM_MESSAGES}",
-            messages.nbytes + wire.nbytes,
-            lambda: codecs.decode_sum_encode(plan, messages, wire, **options),
-        )
+        operation, num_bytes = f"decode_sum_encode of {NUM_MESSAGES}", messages.nbytes + wire.nbytes
+        call = functools.partial(codecs.decode_sum_encode, plan, messages, wire, **options)
+        self.run(name, codec, operation, num_bytes, call)
+        if residuals is not None:
+            num_bytes += 2 * residuals.old.nbytes
+            self.run(name, codec, f"{operation}, error feedback", num_bytes, functools.partial(call, residuals=residuals))
 
     def run_torch_int8(self, name: str, tensor: torch.Tensor, wire: torch.Tensor) -> None:
         rows = tensor.view(-1, codecs.BLOCK_NUMEL)

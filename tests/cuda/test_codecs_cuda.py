@@ -84,6 +84,7 @@ class Case:
 
     def __init__(self, codec, dtype, tensor_offsets, numels, wire_offsets=None, *, values=normal, seed=0, device="cuda"):
         self.plan = codecs.Plan(codec, dtype, tensor_offsets, numels, wire_offsets)
+        self.tensor_offsets, self.numels = tensor_offsets, numels
         self.values = values
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
@@ -92,14 +93,22 @@ class Case:
         for offset, numel in zip(tensor_offsets, numels, strict=True):
             self.is_element[offset : offset + numel] = True
 
-        code_bytes = {"none": dtype.itemsize, "fp16": 2, "bf16": 2, "int8": 1, "minmax_uint8": 1}[codec]
-        header_bytes = {"int8": 4, "minmax_uint8": 8}.get(codec, 0)
+        code_bits = {"none": 8 * dtype.itemsize, "fp16": 16, "bf16": 16, "int4": 4, "sign": 1}.get(codec, 8)
+        header_bytes = {"int8": 4, "minmax_uint8": 8, "int4": 4, "sign": 6}.get(codec, 0)
+        scale_numel = 128 if codec == "int4" else BLOCK
         self.is_wire = torch.zeros(self.plan.wire_bytes + GUARD, dtype=torch.bool)
         for start, numel in zip(self.plan.wire_offsets, numels, strict=True):
-            headers = -(-numel // BLOCK) * header_bytes
+            headers = -(-numel // scale_numel) * header_bytes
             codes = start + -(-headers // 16) * 16
             self.is_wire[start : start + headers] = True
-            self.is_wire[codes : codes + numel * code_bytes] = True
+            self.is_wire[codes : codes + -(-numel * code_bits // 8)] = True
+
+    def with_residuals(self, shift):
+        """The plan with residuals that lie `shift` elements behind the tensor's, and which elements they are."""
+        offsets = [offset + shift for offset in self.tensor_offsets]
+        plan = codecs.Plan(self.plan.codec, self.plan.dtype, self.tensor_offsets, self.numels, self.plan.wire_offsets, offsets)
+        is_residual = torch.cat([torch.zeros(shift, dtype=torch.bool), self.is_element])
+        return plan, is_residual[: plan.residual_numel + GUARD]
 
     def tensor(self):
         """A new tensor of values, on the CPU."""
@@ -168,11 +177,17 @@ def check_decode_accumulate(case):
     case.check_tensors(cpu, cuda)
 
 
-def check_decode_sum_encode(case, counts=(1, 2, 3, 8)):
+def messages_of(case, count):
+    """That many messages, on the CPU, and how many bytes apart they are."""
     stride_bytes = case.plan.wire_bytes + 32
-    messages = torch.zeros(max(counts) * stride_bytes, dtype=torch.uint8)
-    for k in range(max(counts)):
+    messages = torch.zeros(count * stride_bytes, dtype=torch.uint8)
+    for k in range(count):
         messages[k * stride_bytes :][: case.plan.wire_bytes] = case.message()
+    return messages, stride_bytes
+
+
+def check_decode_sum_encode(case, counts=(1, 2, 3, 8)):
+    messages, stride_bytes = messages_of(case, max(counts))
     for count in counts:
         for divisor in {float(count), 3.0, 0.5}:  # a power of two takes another way than the others
             cpu, cuda = case.wires()
@@ -188,9 +203,53 @@ def check_decode_sum_encode(case, counts=(1, 2, 3, 8)):
         assert torch.equal(on_cpu, on_cuda.cpu())
 
 
+def check_feedback(case, operation):
+    """operation(plan, wire, residuals) on both sides; residuals aligned like the tensor and not, in place and apart."""
+    if case.plan.codec == "none":
+        pytest.skip("codec none loses nothing: it takes no residuals")
+    for shift in (0, 1):
+        plan, is_residual = case.with_residuals(shift)
+        numel = len(is_residual)
+        old = normal(numel, torch.float32, case.generator)
+        for in_place in (False, True):
+            cpu, cuda = case.wires()
+            on_cpu, on_cuda = old.clone(), old.to(case.device)
+            cpu_updated = on_cpu if in_place else filled(numel, torch.float32, "cpu", CPU_FILL)
+            cuda_updated = on_cuda if in_place else filled(numel, torch.float32, case.device, CUDA_FILL)
+            operation(plan, cpu, codecs.Residuals(on_cpu, cpu_updated))
+            operation(plan, cuda, codecs.Residuals(on_cuda, cuda_updated))
+            case.check_wires(cpu, cuda)
+            if in_place:
+                assert torch.equal(cpu_updated.view(torch.int32), cuda_updated.cpu().view(torch.int32))
+            else:
+                check(cpu_updated, cuda_updated, is_residual.repeat_interleave(4))
+
+
+def check_encode_with_feedback(case):
+    tensor = case.tensor()
+    check_feedback(case, lambda plan, wire, residuals: codecs.encode(plan, tensor.to(wire.device), wire, residuals))
+
+
+def check_decode_sum_encode_with_feedback(case):
+    messages, stride_bytes = messages_of(case, 3)
+    options = {"count": 3, "stride_bytes": stride_bytes, "divisor": 3.0}
+
+    def operation(plan, wire, residuals):
+        codecs.decode_sum_encode(plan, messages.to(wire.device), wire, residuals=residuals, **options)
+
+    check_feedback(case, operation)
+
+
 all_operations = pytest.mark.parametrize(
     "operation",
-    [check_encode, check_decode, check_decode_accumulate, check_decode_sum_encode],
+    [
+        check_encode,
+        check_decode,
+        check_decode_accumulate,
+        check_decode_sum_encode,
+        check_encode_with_feedback,
+        check_decode_sum_encode_with_feedback,
+    ],
     ids=lambda check: check.__name__.removeprefix("check_"),
 )
 all_codecs = pytest.mark.parametrize("codec", codecs.CODECS)

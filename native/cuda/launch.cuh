@@ -1,0 +1,38 @@
+// Launches of kernels in which each warp takes blocks of 512 elements (block.cuh).
+//
+// Grid: one-dimensional, thread blocks of 128 = 4 warps, as many as there are blocks for, up to 64 a multiprocessor; with that
+// many each warp takes every (4 gridDim.x)-th block.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "block.cuh"
+#include "lightning_accel/check.h"
+
+namespace accel::cuda {
+namespace {
+
+// At most: several times what fits, so that the last round leaves few multiprocessors idle.
+constexpr int kThreadBlocksPerMultiprocessor = 64;
+
+// Enqueues kernel(arguments...) for so many blocks; nothing for none.
+template <class... Parameters, class... Arguments>
+void launch_blocks(void (*kernel)(Parameters...), int64_t num_blocks, void* stream, const Arguments&... arguments) {
+  if (num_blocks == 0) {
+    return;
+  }
+  int device = 0;
+  int multiprocessors = 0;
+  ACCEL_CUDA_CHECK(cudaGetDevice(&device));
+  ACCEL_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t wanted = (num_blocks + kWarps - 1) / kWarps;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(wanted, int64_t{multiprocessors} * kThreadBlocksPerMultiprocessor)));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  ACCEL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace
+}  // namespace accel::cuda
