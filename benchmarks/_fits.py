@@ -54,8 +54,15 @@ MODELS = {
     "large": Model("large", layers=4, width=2048, batch_size=4),
 }
 
-STRATEGIES = ("ddp", "gradient_allreduce", "bytegrad")
-"""Lightning's own DDPStrategy first: the others are compared with it."""
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "gradient_allreduce": {"algorithm": "gradient_allreduce"},
+    "bytegrad": {"algorithm": "bytegrad"},
+    "decentralized": {"algorithm": "decentralized"},
+    "shift_one": {"algorithm": "decentralized", "peer_selection_mode": "shift_one"},
+    "low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
+}
+"""Lightning's own DDPStrategy first: the others, arguments of AccelStrategy, are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Settings:
         rounds: of fits; a round is each strategy once and, in the opposite order, once more: two pairs.
         steps: of a fit.
         skipped_steps: at the start of a fit, not timed: DDP rebuilds its buckets after the first step.
-        strategies: names; "ddp" is Lightning's, the others are algorithms of AccelStrategy.
+        strategies: names in `STRATEGIES`.
         ddp_options: of torch's DistributedDataParallel, the same for all.
     """
 
@@ -75,7 +82,7 @@ class Settings:
     rounds: int
     steps: int
     skipped_steps: int = 5
-    strategies: tuple[str, ...] = STRATEGIES
+    strategies: Sequence[str] = tuple(STRATEGIES)
     ddp_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -205,7 +212,7 @@ def _fit(strategy_name: str, settings: Settings, num_nodes: int, devices: int) -
     model = MODELS[settings.model]
 
     options = {"process_group_backend": "gloo", **settings.ddp_options}
-    strategy = DDPStrategy(**options) if strategy_name == "ddp" else AccelStrategy(algorithm=strategy_name, **options)
+    strategy = DDPStrategy(**options) if strategy_name == "ddp" else AccelStrategy(**STRATEGIES[strategy_name], **options)
     clock = Clock()
     torch.manual_seed(0)
     trainer = Trainer(

@@ -3,6 +3,7 @@
     python examples/digits.py
     python examples/digits.py --algorithm gradient_allreduce
     python examples/digits.py --codec bf16
+    python examples/digits.py --algorithm decentralized --communication-interval 2
     python examples/digits.py --algorithm qadam --codec sign
 
 The digits come with scikit-learn: 1797 images of 8 x 8 pixels. Needs the extra `examples`.
@@ -84,8 +85,10 @@ def be_quiet() -> None:
 def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="bytegrad", help="what travels, and when (default: %(default)s)")
-    parser.add_argument("--codec", help="what they are sent as (default: the algorithm's own)")
+    parser.add_argument("--algorithm", default="bytegrad", help="what travels, and how (default: %(default)s)")
+    parser.add_argument("--codec", help="of messages (default: the algorithm's own)")
+    parser.add_argument("--peer-selection-mode", help='decentralized: "all" or "shift_one"')
+    parser.add_argument("--communication-interval", type=int, help="rounds from one exchange of weights to the next")
     parser.add_argument("--devices", type=int, default=torch.cuda.device_count() if has_gpu else 2, help="GPUs or processes")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0, help="of the split, the first weights and the order of images")
@@ -99,7 +102,12 @@ def main() -> None:
     loader = DataLoader(train, batch_size=64 // args.devices, shuffle=True)
     model = Digits(num_steps=args.epochs * -(-len(train) // 64))
     trainer = Trainer(
-        strategy=AccelStrategy(algorithm=args.algorithm, codec=args.codec),
+        strategy=AccelStrategy(
+            algorithm=args.algorithm,
+            codec=args.codec,
+            peer_selection_mode=args.peer_selection_mode,
+            communication_interval=args.communication_interval,
+        ),
         accelerator="gpu" if has_gpu else "cpu",
         devices=args.devices,
         max_epochs=args.epochs,

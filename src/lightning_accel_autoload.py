@@ -15,7 +15,7 @@ import importlib.util
 import sys
 from typing import Any
 
-ALGORITHMS = ("gradient_allreduce", "bytegrad", "qadam")
+ALGORITHMS = ("gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async")
 """Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
 
 _ROOTS = {

@@ -6,5 +6,6 @@ PYBIND11_MODULE(_native, module) {
   accel::register_plan(module);
   accel::register_codecs(module);
   accel::register_qadam(module);
+  accel::register_weights(module);
   accel::register_build(module);
 }

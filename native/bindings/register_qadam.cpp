@@ -57,8 +57,7 @@ void register_qadam(py::module_& module) {
         std::vector<StepTensor> tensors;
         for (const auto& [gradient, momentum, variance, parameter, numel] : tuples) {
           check_numel(numel);
-          tensors.push_back(
-              {at<const void>(gradient), at<void>(momentum), at<const void>(variance), at<void>(parameter), numel});
+          tensors.push_back({at<const void>(gradient), at<void>(momentum), at<const void>(variance), at<void>(parameter), numel});
         }
         const StepScalars scalars{step_size, correction, eps, decay};
         py::gil_scoped_release release;

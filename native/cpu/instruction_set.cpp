@@ -22,17 +22,18 @@ struct InstructionSet {
   const char* name;
   const Kernels* kernels;
   const QAdamKernels* qadam_kernels;
+  const WeightKernels* weight_kernels;
 };
 
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels, &baseline::qadam_kernels}};
+  std::vector<InstructionSet> sets{{"baseline", &baseline::kernels, &baseline::qadam_kernels, &baseline::weight_kernels}};
 #if defined(ACCEL_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && has_f16c()) {
-    sets.push_back({"avx2", &avx2::kernels, &avx2::qadam_kernels});
+    sets.push_back({"avx2", &avx2::kernels, &avx2::qadam_kernels, &avx2::weight_kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      sets.push_back({"avx512", &avx512::kernels, &avx512::qadam_kernels});
+      sets.push_back({"avx512", &avx512::kernels, &avx512::qadam_kernels, &avx512::weight_kernels});
     }
   }
 #endif
@@ -68,6 +69,7 @@ void use_instruction_set(const std::string& name) {
 
 const Kernels& kernels() { return *current().kernels; }
 const QAdamKernels& qadam_kernels() { return *current().qadam_kernels; }
+const WeightKernels& weight_kernels() { return *current().weight_kernels; }
 
 void encode(const Plan& plan, const void* tensor, uint8_t* wire, const Residuals& residuals) {
   kernels().encode(plan, tensor, wire, residuals);
@@ -81,6 +83,14 @@ void decode_accumulate(const Plan& plan, const uint8_t* wire, void* accumulator)
 
 void decode_sum_encode(const Plan& plan, const Messages& messages, float divisor, uint8_t* wire, const Residuals& residuals) {
   kernels().decode_sum_encode(plan, messages, divisor, wire, residuals);
+}
+
+void mean(DType dtype, const void* rows, int64_t count, void* out, int64_t numel) {
+  weight_kernels().mean(dtype, rows, count, out, numel);
+}
+
+void ring_difference(DType dtype, void* x, const void* w, const void* left, const void* right, int64_t numel) {
+  weight_kernels().ring_difference(dtype, x, w, left, right, numel);
 }
 
 }  // namespace accel::cpu

@@ -3,6 +3,7 @@
 
 #include "lightning_accel/codecs.h"
 #include "lightning_accel/qadam.h"
+#include "lightning_accel/weights.h"
 
 namespace accel::cpu {
 
@@ -19,21 +20,30 @@ struct QAdamKernels {
   void (*step)(DType, const StepTensor&, int64_t begin, int64_t end, const StepScalars&);
 };
 
+struct WeightKernels {
+  void (*mean)(DType, const void* rows, int64_t count, void* out, int64_t numel);
+  void (*ring_difference)(DType, void* x, const void* w, const void* left, const void* right, int64_t numel);
+};
+
 namespace baseline {
 extern const Kernels kernels;
 extern const QAdamKernels qadam_kernels;
+extern const WeightKernels weight_kernels;
 }  // namespace baseline
 namespace avx2 {
 extern const Kernels kernels;
 extern const QAdamKernels qadam_kernels;
+extern const WeightKernels weight_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels kernels;
 extern const QAdamKernels qadam_kernels;
+extern const WeightKernels weight_kernels;
 }  // namespace avx512
 
 // Those in use.
 const Kernels& kernels();
 const QAdamKernels& qadam_kernels();
+const WeightKernels& weight_kernels();
 
 }  // namespace accel::cpu

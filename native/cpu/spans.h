@@ -102,7 +102,8 @@ ACCEL_INLINE void store_span(ValueAt value, int numel, Tensor* __restrict__ tens
 // multiples of 16, as everything on the wire is.
 #if defined(__SSE2__)
 constexpr bool kCanStream = true;
-[[maybe_unused]] __attribute__((noinline)) void stream(const void* __restrict__ source, int64_t bytes, void* __restrict__ target) {
+[[maybe_unused]] __attribute__((noinline)) void stream(const void* __restrict__ source, int64_t bytes,
+                                                       void* __restrict__ target) {
   for (int64_t i = 0; i < bytes / 16; ++i) {
     _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(static_cast<const __m128i*>(source) + i));
   }

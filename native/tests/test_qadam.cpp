@@ -1,5 +1,5 @@
-// QAdam's two passes on every instruction set against plain double arithmetic rounded where the header says, byte by byte, in parts
-// and as a whole, on one thread and on several.
+// QAdam's two passes on every instruction set against plain double arithmetic rounded where the header says, byte by byte, in
+// parts and as a whole, on one thread and on several.
 #include <algorithm>
 #include <random>
 

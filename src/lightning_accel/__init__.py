@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import lightning_accel_autoload
 from lightning_accel.algorithms import (
     Algorithm,
+    AsyncAverage,
     BoundAlgorithm,
     ByteGrad,
     Context,
+    Decentralized,
     GradientAllReduce,
+    LowPrecisionDecentralized,
     QAdamAlgorithm,
     register_algorithm,
 )
@@ -41,11 +44,14 @@ __all__ = [
     "AccelDataParallel",
     "AccelStrategy",
     "Algorithm",
+    "AsyncAverage",
     "BoundAlgorithm",
     "ByteGrad",
     "CommunicationError",
     "Context",
+    "Decentralized",
     "GradientAllReduce",
+    "LowPrecisionDecentralized",
     "QAdam",
     "QAdamAlgorithm",
     "QAdamOptimizer",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_accel import rank_state
 from lightning_accel.data_parallel import AccelDataParallel
-
-_log = logging.getLogger(__name__)
-
-_VERSION = 1
 
 
 def save_checkpoint(
@@ -24,29 +21,31 @@ def save_checkpoint(
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
     **extra: Any,
 ) -> None:
-    """Writes model, optimizers and the algorithm's state to one file; returns on all ranks once it is complete. Collective.
+    """Writes model, optimizers, the algorithm's state and the random generators'; returns once all is complete. Collective.
 
-    The file is written beside its place and then moved there, so that a crash leaves the old one or the new one.
+    The file is written beside its place and then moved there, so that a crash leaves the old one or the new one. What
+    each rank holds for itself is in files of a folder `<path>.ranks`, if the algorithm has any such state.
 
     Args:
-        path: of the file.
+        path: of the file; all ranks must see it.
         ddp: from `wrap`; all ranks' weights are made equal first.
-        optimizers: rank 0's states are written.
-        **extra: whatever else a resumed run needs, as tensors, numbers, strings, lists and dicts.
+        optimizers: rank 0's states are written; each rank's with an algorithm that lets weights differ between ranks.
+        **extra: whatever else a resumed run needs, such as a gradient scaler's state, as tensors, numbers, strings, lists and
+            dicts; whose is written is decided as for the optimizers.
+
+    Raises:
+        RuntimeError: on all ranks, if any of them could not write; what was there before is left as it was.
     """
     ddp.replica.consensus()
-    error: Exception | None = None
-    if dist.get_rank(ddp.process_group) == 0:
-        try:
-            _check_extra(extra)
-            _write(Path(path), _collect(ddp, optimizers, extra))
-        except Exception as raised:
-            error = raised
-    failures: list[Any] = [None if error is None else f"{type(error).__name__}: {error}"]
-    # Every rank learns of a full disk, so that none goes on to wait for the others.
-    dist.broadcast_object_list(failures, group=ddp.process_group, group_src=0)
-    if failures[0] is not None:
-        raise RuntimeError(f"rank 0 could not write {os.fspath(path)}: {failures[0]}") from error
+    state = rank_state.State.of(ddp.replica.communicator.name, [ddp.replica])
+    entries = {"optimizers": [optimizer.state_dict() for optimizer in _listed(optimizers)], "extra": extra}
+
+    def write(part: dict[str, Any]) -> None:
+        _check_extra(extra)
+        if dist.get_rank(ddp.process_group) == 0:
+            rank_state.write_whole(Path(path), {"model": ddp.module.state_dict(), **entries, rank_state.KEY: part})
+
+    rank_state.save_checkpoint(path, state, entries, write, ddp.process_group)
 
 
 def load_checkpoint(
@@ -54,46 +53,41 @@ def load_checkpoint(
     ddp: AccelDataParallel,
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
 ) -> dict[str, Any]:
-    """Takes up what `save_checkpoint` wrote, and returns its `extra`. All ranks call it, and all must see the file.
+    """Takes up what `save_checkpoint` wrote, and returns its `extra`. Collective; all ranks must see the file.
+
+    Random generators are set, too, if there are as many ranks as there were: call it last before the loop.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no such checkpoint, or holds another number of optimizers.
+        FileNotFoundError: on all ranks, if there is no such file, or a rank's is missing.
+        ValueError: on all ranks, if a file is torn or no such checkpoint, or holds another number of optimizers.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{os.fspath(path)} is torn or no checkpoint: {type(error).__name__}: {error}") from error
-    if not isinstance(saved, dict) or saved.get("version") != _VERSION:
-        raise ValueError(f"{os.fspath(path)} was not written by save_checkpoint")
     given = _listed(optimizers)
-    if len(given) != len(saved["optimizers"]):
-        raise ValueError(f"{os.fspath(path)} holds {len(saved['optimizers'])} optimizers, {len(given)} were given")
+    algorithm = ddp.replica.communicator.name
+    read = partial(_read, path, len(given))
+    saved, restored = rank_state.load_checkpoint(path, read, algorithm, 1, ddp.process_group)
+    assert restored is not None
+    ddp.replica.consensus()  # ends what is in flight
     ddp.module.load_state_dict(saved["model"])
     for optimizer, state in zip(given, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    name = ddp.replica.communicator.name
-    if saved["algorithm"] == name:
-        ddp.replica.load_state_dict(saved["replica"])
-    else:
-        _log.warning("the checkpoint is of algorithm %r, this run uses %r: its state starts anew", saved["algorithm"], name)
+    if not restored.apply(algorithm, [ddp.replica]):
+        ddp.replica.consensus()  # the algorithm starts anew from these weights
     extra: dict[str, Any] = saved["extra"]
     return extra
 
 
-def _collect(
-    ddp: AccelDataParallel, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], extra: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "version": _VERSION,
-        "algorithm": ddp.replica.communicator.name,
-        "model": ddp.module.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in _listed(optimizers)],
-        "replica": ddp.replica.state_dict(),
-        "extra": extra,
-    }
+def _read(path: str | os.PathLike[str], optimizers: int) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is torn or no checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(saved, dict) or not {rank_state.KEY, "model", "optimizers", "extra"} <= saved.keys():
+        raise ValueError(f"{os.fspath(path)} was not written by save_checkpoint")
+    if len(saved["optimizers"]) != optimizers:
+        raise ValueError(f"{os.fspath(path)} holds {len(saved['optimizers'])} optimizers, {optimizers} were given")
+    return saved
 
 
 def _listed(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
@@ -111,16 +105,3 @@ def _check_extra(value: object, place: str = "extra") -> None:
             _check_extra(item, f"{place}[{index}]")
     elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, torch.Tensor):
         raise TypeError(f"{place} must be made of tensors, numbers, strings, lists and dicts: it is a {type(value).__name__}")
-
-
-def _write(path: Path, saved: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -87,6 +87,46 @@ class Group:
             return _on_this_stream
         return self._exchange(process_group, gathered, sent, scratch, lambda message: [message] * self.world_size)
 
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor, peers: Sequence[int], scratch: Scratch) -> Wait:
+        """`sent` goes to each of `peers`, and part k of `received` comes from peers[k], which call this alike. uint8.
+
+        Starts it; what is returned waits for it. Until then memory and scratch are in use.
+        """
+        self.sent_bytes += sent.numel() * len(peers)
+        process_group = self.process_group
+        if process_group is None:
+            raise RuntimeError("the group was closed")
+        if not sent.numel():
+            return _on_this_stream
+        is_staged = _is_staged(process_group, sent)
+        host_received = scratch.pinned("received", received.numel()) if is_staged else received
+        host_sent = scratch.pinned("sent", sent.numel()).copy_(sent) if is_staged else sent
+        parts = host_received.view(len(peers), -1).unbind()
+        # As one batch: on NCCL a receive of its own would wait for the peer's send, which waits behind its own receive.
+        operations = [
+            dist.P2POp(dist.irecv, part, group=process_group, group_peer=k) for part, k in zip(parts, peers, strict=True)
+        ]
+        operations += [dist.P2POp(dist.isend, host_sent, group=process_group, group_peer=k) for k in peers]
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            if is_staged:
+                received.copy_(host_received)
+
+        return wait
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Every rank gets rank 0's `tensor`, uint8."""
+        process_group = self.process_group
+        if self.world_size == 1 or not tensor.numel():
+            return
+        if process_group is None:
+            raise RuntimeError("the group was closed")
+        self.sent_bytes += tensor.numel() if self.rank == 0 else 0
+        dist.broadcast(tensor, group=process_group, group_src=0)
+
     def abort(self) -> None:
         """Closes connections: what waits for one of them fails now, on this rank and on others. Not collective; gloo only.
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.collectives import Group, Scratch, backend_of
+from lightning_accel.connections import watch_connections
 from lightning_accel.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Statistics:
 
     Attributes:
         sent_bytes: bytes sent to other ranks.
-        full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends.
+        full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends; where weights travel, of
+            the gradients of every round.
         communication_seconds: spent in communication, most of it beside backward; lanes that overlap count each.
         exposed_seconds: the training thread's share: it waited.
     """
@@ -162,7 +164,7 @@ class Communicator:
         name: the algorithm's, for messages.
         process_group: whose ranks take part; None is the default group. It carries nothing of ours: groups of our own do.
         device: of the tensors.
-        timeout: of a collective; None takes the backend's default.
+        timeout: of a collective; None takes that of `process_group`.
         topology: ranks by node.
     """
 
@@ -179,7 +181,7 @@ class Communicator:
         self.name = name
         self._parent = parent
         self._device = device
-        self._timeout = timeout
+        self._timeout = timeout or _timeout_of(parent, device)
         self.topology = topology
         self.rank = dist.get_rank(parent)
         self.world_size = dist.get_world_size(parent)
@@ -193,25 +195,29 @@ class Communicator:
 
         self._changed = threading.Condition()
         self._pending: list[_Task] = []
+        self._running: list[str] = []
         self._failure: CommunicationError | None = None
         self._process_id = os.getpid()
         if self._uses_threads:
-            if not _at_exit:
-                atexit.register(_close_all)
-            _at_exit.add(self)
+            self._close_at_exit()
         # One that is dropped without being closed leaves no thread.
         weakref.finalize(self, _end_threads, self._lanes).atexit = False
         self._abandoning: threading.Thread | None = None
 
-    def open_lane(self, groups: LaneGroups) -> Lane:
-        """Makes a lane with a group of all ranks, with groups of this node and of its peers, or with none. Collective."""
+    def open_lane(self, groups: LaneGroups, backend: str | None = None) -> Lane:
+        """Makes a lane with a group of all ranks, with groups of this node and of its peers, or with none. Collective.
+
+        Args:
+            groups: which.
+            backend: of the groups; None takes that of the communicator's process group.
+        """
         parts: dict[str, Sequence[tuple[int, ...]]] = {}
         if groups == "all":
             parts["all"] = [tuple(range(self.world_size))]
         elif groups == "nodes":
             parts["node"] = self.topology.nodes
             parts["peers"] = list(zip(*self.topology.nodes, strict=True))
-        made = {name: self._new_group(part) for name, part in parts.items()}
+        made = {name: self._new_group(part, backend) for name, part in parts.items()}
         lane = Lane(f"{self.name} {len(self._lanes)}", made, self._device)
         self._lanes.append(lane)
         return lane
@@ -227,7 +233,7 @@ class Communicator:
         )
 
     def submit(
-        self, label: str, tensor: torch.Tensor, *stages: Stage, first_waits: bool = True
+        self, label: str, tensor: torch.Tensor, *stages: Stage, first_waits: bool = True, is_gradient: bool = True
     ) -> torch.futures.Future[torch.Tensor]:
         """Runs procedures that overwrite `tensor`, one after the other, in the background; in the same order on all ranks.
 
@@ -236,8 +242,10 @@ class Communicator:
             tensor: what the future delivers; where communication failed, with its local value, and `wait` raises.
             stages: procedures, each with its lane; they start messages in groups of that lane only.
             first_waits: whether the first one waits for other ranks. One that does not may run here and now.
+            is_gradient: whether an uncompressed all_reduce of `tensor` is what `full_precision_bytes` counts.
         """
-        self._full_precision_bytes += self._ring_bytes(tensor)
+        if is_gradient:
+            self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         is_idle = not self._pending
         if not self._begin(task):
@@ -267,7 +275,7 @@ class Communicator:
                 done.value()
             except Exception as error:
                 self._fail(error, label)
-            self._count_seconds(started)
+            self.count_seconds(started)
             self._finish(task)
 
         try:
@@ -275,6 +283,72 @@ class Communicator:
         except Exception as error:
             self._fail(error, label)
         return task.future
+
+    def count_full_precision(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Counts what an uncompressed all_reduce of their gradients sends: once a round, by algorithms that send weights."""
+        self._full_precision_bytes += sum(self._ring_bytes(tensor) for tensor in tensors)
+
+    def run(self, label: str, procedure: Callable[[], None], lane: Lane) -> None:
+        """Lets a lane's thread run a procedure that takes as long as it likes: `join` waits for it, `wait` does not.
+
+        For communication that runs by itself. A thread runs it on every backend, so the lane's groups must be gloo's. If it
+        raises, communication has failed; closing the communicator while it runs is a failure too, here and on other ranks.
+
+        Args:
+            label: what this is, for messages.
+            procedure: communicates by `all_reduce_now`, and sleeps for short times only: to end in time it must notice that
+                communication has failed (`check`).
+            lane: nothing else may use it meanwhile.
+        """
+        with self._changed:
+            if self._failure is not None:
+                return
+            self._running.append(label)
+        self._close_at_exit()
+
+        def run() -> None:
+            try:
+                procedure()
+            except BaseException as error:
+                self._fail(error, label)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                with self._changed:
+                    self._running.remove(label)
+                    self._changed.notify_all()
+
+        lane.enqueue(run)
+
+    def all_reduce_now(self, tensor: torch.Tensor, lane: Lane) -> None:
+        """Sums `tensor`, on the CPU, over all ranks, and returns when it is done; for procedures that `run` has started."""
+        lane.group.sent_bytes += self._ring_bytes(tensor)
+        started = time.perf_counter()
+        _start_all_reduce(tensor, lane).wait()
+        self.count_seconds(started)
+
+    def count_seconds(self, started: float) -> None:
+        """Counts the time since `started`, of `time.perf_counter`, as spent in communication."""
+        with self._changed:
+            self._communication_seconds += time.perf_counter() - started
+
+    def join(self, label: str) -> None:
+        """Waits for all that `run` has started, at most for the groups' timeout and some grace, and counts the time.
+
+        Args:
+            label: what is waited for, for messages.
+
+        Raises:
+            CommunicationError: if anything failed, now or before, or the time is over.
+        """
+        started = time.perf_counter()
+        with self._changed:
+            while self._running and self._failure is None:
+                if time.perf_counter() - started > self._limit_seconds:
+                    self._fail(TimeoutError(f"other ranks did not join within {self._limit_seconds:.0f} s"), label)
+                self._changed.wait(_POLL_SECONDS)
+        self._exposed_seconds += time.perf_counter() - started
+        self.check()
 
     def wait(self) -> None:
         """Waits, within bounds, for all that was submitted, and counts the time.
@@ -286,7 +360,7 @@ class Communicator:
             CommunicationError: if anything failed, now or before.
         """
         started = progress = time.perf_counter()
-        limit = (self._timeout or default_pg_timeout).total_seconds() + _GRACE_SECONDS
+        limit = self._limit_seconds
         with self._changed:
             first = None
             while self._pending and self._uses_threads:
@@ -317,9 +391,9 @@ class Communicator:
         native call after it would end the process by force.
         """
         with self._changed:
-            pending = self._pending[:1]
-        for task in pending:
-            self._fail(RuntimeError("communication was closed before it was done"), task.label)
+            unfinished = [task.label for task in self._pending] + self._running
+        for label in unfinished[:1]:
+            self._fail(RuntimeError("communication was closed before it was done"), label)
         ended = [lane.close() for lane in self._lanes]
         if not all(ended):
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self.name, _GRACE_SECONDS)
@@ -331,7 +405,7 @@ class Communicator:
         if self._abandoning is not None and self._abandoning.is_alive():
             self._abandoning.join(_GRACE_SECONDS)
 
-    def _new_group(self, parts: Sequence[tuple[int, ...]]) -> Group:
+    def _new_group(self, parts: Sequence[tuple[int, ...]], backend: str | None) -> Group:
         """Makes the group of each part of the ranks, and returns the one with this rank. Collective."""
         own = next(part for part in parts if self.rank in part)
         if len(own) == 1 and self.world_size > 1:
@@ -339,12 +413,13 @@ class Communicator:
         # Where the parent is the world, every rank makes all groups: torch then numbers them, and never twice alike. Groups
         # made by their members alone have the name of one that was closed before, and find its addresses in the store.
         is_world = self._parent is dist.group.WORLD
-        backend = dist.get_backend(self._parent)
+        if backend is None and (backend := dist.get_backend(self._parent)) == dist.Backend.UNDEFINED:
+            backend = dist.get_backend_config(self._parent)
         for part in parts if is_world else [own]:
             process_group = dist.new_group(
                 [dist.get_global_rank(self._parent, rank) for rank in part],
                 timeout=self._timeout,
-                backend=dist.get_backend_config(self._parent) if backend == dist.Backend.UNDEFINED else backend,
+                backend=backend,
                 use_local_synchronization=not is_world,
             )
             if part == own:
@@ -352,14 +427,20 @@ class Communicator:
         if backend_of(self._owned[-1], _CPU) == "gloo":
             # A rank that closes the group at once would cut off those that still connect.
             dist.all_reduce(torch.zeros(1), group=self._owned[-1])
+            watch_connections()
         return Group(self._owned[-1])
+
+    @property
+    def _limit_seconds(self) -> float:
+        return self._timeout.total_seconds() + _GRACE_SECONDS
+
+    def _close_at_exit(self) -> None:
+        if not _at_exit:
+            atexit.register(_close_all)
+        _at_exit.add(self)
 
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
         return 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
-
-    def _count_seconds(self, started: float) -> None:
-        with self._changed:
-            self._communication_seconds += time.perf_counter() - started
 
     def _begin(self, task: _Task) -> bool:
         """Notes a task as pending; False when communication has failed and nothing more may be issued."""
@@ -385,7 +466,7 @@ class Communicator:
         try:
             with _on_stream(lane, task.tensor, ready) as written:
                 procedure()
-                self._count_seconds(started)
+                self.count_seconds(started)
                 # Still on the lane's stream: delivering records an event there, for whoever takes the result.
                 self._run_stages(task, stages[1:], written())
         except BaseException as error:
@@ -407,7 +488,7 @@ class Communicator:
             if self._failure is None:
                 self._failure = CommunicationError(
                     f"{self.name}: {label} failed on rank {self.rank} of {self.world_size}: {type(error).__name__}: {error}. "
-                    "No rank steps with this gradient. If another rank failed first, its log has the cause; else look for a "
+                    "No rank steps with what has arrived. If another rank failed first, its log has the cause; else look for a "
                     "rank that was killed, is stuck, or cannot be reached over the network."
                 )
                 self._failure.__cause__ = error
@@ -440,6 +521,13 @@ class Communicator:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(process_group)
             del process_group
+
+
+def _timeout_of(process_group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    # A group made of another one has torch's default, not the other's.
+    options = getattr(process_group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", default_pg_timeout)
+    return timeout
 
 
 _at_exit: weakref.WeakSet[Communicator] = weakref.WeakSet()

@@ -21,6 +21,8 @@ from lightning_accel.replica import Replica
 class AccelDataParallel(DistributedDataParallel):
     """torch's DistributedDataParallel with an algorithm attached; made by `wrap`, ended by `unwrap` or a `with` block.
 
+    Either leaves equal weights on all ranks; but a `with` block that an exception ends leaves them as they are.
+
     A copy or a pickle of it has no algorithm: it is plain DDP.
 
     Attributes:
@@ -46,7 +48,11 @@ class AccelDataParallel(DistributedDataParallel):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.replica.close()
+        try:
+            if kind is None:  # an exception may be this rank's alone
+                self.replica.consensus()
+        finally:
+            self.replica.close()
 
 
 def wrap(
@@ -66,7 +72,7 @@ def wrap(
         model: on its device; its parameters become rank 0's.
         optimizers: one or several, over the model's parameters: their steps tell the algorithm where a round ends.
         algorithm: a name, or an `Algorithm` object.
-        timeout: of the algorithm's collectives; None takes the backend's default.
+        timeout: of the algorithm's collectives; None takes that of the process group.
         **options: of the algorithm, such as `codec`, and of DistributedDataParallel, such as `bucket_cap_mb`.
             gradient_as_bucket_view is True unless given.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_accel.connections import watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def init_process_group(
     local_world_size: int | None = None,
     host: str | None = None,
     port: int | None = None,
+    store: Store | None = None,
 ) -> Environment:
     """Makes torch.distributed's default group of all processes. Collective.
 
@@ -52,6 +54,7 @@ def init_process_group(
         local_world_size: number of processes on its node.
         host: where ranks meet: name or address of rank 0.
         port: of that.
+        store: where ranks meet instead, the same for all; then `host` and `port` are not used.
 
     Returns:
         What was found out, and from where; print it when in doubt.
@@ -66,6 +69,8 @@ def init_process_group(
     """
     if dist.is_initialized():
         raise RuntimeError("torch.distributed has a default process group already; destroy_process_group() ends it")
+    if store is not None:
+        host = "the store given"
     found = detect(
         rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, host=host, port=port
     )
@@ -81,8 +86,10 @@ def init_process_group(
     if seed is not None:
         _seed_everything(seed)
     _log.info("%s", found)
-    store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
+    if store is None:
+        store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    watch_connections()
     _joined.append(found)
     return found
 

@@ -33,7 +33,7 @@ class Replica:
         ddp: the wrapped model, not yet trained.
         algorithm: options of the algorithm.
         optimizers: for plain PyTorch: whose steps end a round. The strategy calls `before_step` itself and gives none.
-        timeout: of a collective; None takes the backend's default.
+        timeout: of a collective; None takes that of the process group.
         node_name: of the machine this process runs on; None asks `lightning_accel.environment`.
 
     Example:
@@ -124,7 +124,8 @@ class Replica:
         return {"rounds": self.rounds, "algorithm": self.algorithm.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Takes up what `state_dict` gave, between two rounds."""
+        self._in_round = self._has_reduced = False
         self.rounds = int(state["rounds"])
         self.algorithm.load_state_dict(state["algorithm"])
 

@@ -68,6 +68,15 @@ class Topology:
         return tuple(ranks[local_rank] for ranks in self.nodes)
 
 
+def shift_one_peer(rank: int, n: int, step: int) -> int:
+    """The peer of `rank` at communication `step`, of `n` ranks, an even number; the peer's peer is `rank`.
+
+    Each of one half meets one of the other half, and in n/2 steps all of them.
+    """
+    half = n // 2
+    return (step + rank) % half + half if rank < half else (rank - half - step) % half
+
+
 def discover(process_group: dist.ProcessGroup, node_name: str | None = None) -> Topology:
     """Asks every rank for its node. Collective: all ranks of `process_group` call it in the same order.
 

@@ -26,7 +26,7 @@ if sys.argv[1] == "kill" and rank == "1":
 
 def command(*words, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "lightning_accel.cli", *words],
+        [sys.executable, "-m", "lightning_accel.launch.cli", *words],
         env={**ENVIRONMENT, **variables},
         capture_output=True,
         text=True,
@@ -66,6 +66,18 @@ def test_run_returns_the_code_of_the_rank_that_failed_first(tmp_path, how, code,
     assert f"lightning-accel run: rank 1 failed first, {message}" in done.stderr
 
 
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    """Catches torchrun's traceback, and a failure that looks like the program's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = command("run", "--master-port", port, str(tmp_path / "x.py"))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[W")]  # c10d warns by itself
+    assert line.startswith("lightning-accel run: the nodes did not meet: ")
+    assert port in line
+    assert "is it free?" in line
+
+
 def test_env_says_who_this_process_is():
     """Catches a command that needs what it is to find out."""
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
@@ -80,13 +92,17 @@ def test_env_says_who_this_process_is():
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--help"], 0, "Exit codes"),
+        (["--help"], 0, "exit codes"),
         (["run", "--help"], 0, "--nccl-socket-threads"),
         (["env", "--help"], 0, "usage: lightning-accel env"),
         ([], 2, "the following arguments are required: COMMAND"),
         (["runn"], 2, "invalid choice: 'runn'"),
         (["run"], 2, "training_script"),
         (["run", "--omp-threads", "0", "x.py"], 2, "must be at least 1: got 0"),
+        (["run", "--nproc-per-node", "0", "x.py"], 2, "argument --nproc-per-node: must be at least 1: got 0"),
+        (["run", "--nproc-per-node", "gpus", "x.py"], 1, "lightning-accel run: Unsupported nproc_per_node value: gpus"),
+        (["run", "--nnodes", "2", "--node-rank", "2", "x.py"], 2, "must be at least 0 and below --nnodes 2: got 2"),
+        (["ssh-run", "--host-list", "a", "--master-port", "0", "x.py"], 2, "must be from 1 to 65535: got 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -96,3 +112,4 @@ def test_help_and_usage(words, code, text):
     assert done.returncode == code
     assert text in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    assert code == 0 or len(done.stderr.splitlines()) <= 2  # usage, and what was wrong

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+STEP = EXAMPLE.with_name("steps") / "4_several_nodes.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 SLURM_CONF = """
@@ -161,26 +162,22 @@ def hosts():
             run("ip", "netns", "delete", name)
 
 
-def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
-    """Catches ranks that meet at an address only one host can reach, and nodes that are taken for one."""
+def start_on(hosts, port, *words):
+    """The words under `lightning-accel run`, on each host."""
     nodes = []
     for rank, (name, _, device) in enumerate(hosts):
-        options = (
-            "--nnodes",
-            2,
-            "--node-rank",
-            rank,
-            "--nproc-per-node",
-            2,
-            "--master-addr",
-            hosts[0][1],
-            "--master-port",
-            29611,
-        )
-        launcher = (sys.executable, "-m", "lightning_accel.cli", "run", "--interface", device, *options)
-        words = ("ip", "netns", "exec", name, *launcher, EXAMPLE, "--epochs", 2, "--checkpoint", tmp_path / "shared.pt")
+        options = ("--nnodes", 2, "--node-rank", rank, "--master-addr", hosts[0][1], "--master-port", port)
+        launcher = (sys.executable, "-m", "lightning_accel.launch.cli", "run", "--interface", device, *options)
+        command = [str(word) for word in ("ip", "netns", "exec", name, *launcher, *words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        nodes.append(subprocess.Popen([str(word) for word in words], env=ENVIRONMENT, **pipes))
+        nodes.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+    return nodes
+
+
+def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
+    """Catches ranks that meet at an address only one host can reach, and nodes that are taken for one."""
+    files = ("--snapshot", tmp_path / "shared.pt", "--data", tmp_path / "data.pt")
+    nodes = start_on(hosts, 29611, "--nproc-per-node", 2, STEP, "--epochs", 2, *files)
     try:
         results = [node.communicate(timeout=90) for node in nodes]
     finally:
@@ -191,4 +188,46 @@ def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
         assert node.returncode == 0, errors
     assert results[0][0].count("test accuracy") == 1
     assert "test accuracy" not in results[1][0]
+    for rank, (output, _) in enumerate(results):
+        assert f"local_world_size=2 (LOCAL_WORLD_SIZE), node_rank={rank} (GROUP_RANK), host={hosts[0][1]}" in output
     assert (tmp_path / "shared.pt").exists()
+
+
+TRAINS_ON = """
+import torch
+import lightning_accel as accel
+from lightning_accel import connections
+
+connections.UNREACHABLE_SECONDS = 2.0
+accel.init_process_group()
+model = torch.nn.Linear(1000, 100)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with accel.wrap(model, optimizer, "bytegrad") as ddp:
+    for step in range(10**9):
+        optimizer.zero_grad()
+        ddp(torch.randn(4, 1000)).sum().backward()
+        optimizer.step()
+        if step == 20:
+            print("training", flush=True)
+"""
+
+
+def test_a_host_that_is_unplugged_in_mid_run_ends_the_others(hosts, tmp_path):
+    """Catches ranks that wait half an hour for one that cannot answer, and an error that does not say what to look for."""
+    (tmp_path / "trains_on.py").write_text(TRAINS_ON)
+    nodes = start_on(hosts, 29613, tmp_path / "trains_on.py")
+    try:
+        for node in nodes:
+            assert node.stdout.readline() == "training\n"
+        name, _, device = hosts[1]
+        ip("-n", name, "link", "set", device, "down")
+        results = [node.communicate(timeout=60) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    for rank, (node, (_, errors)) in enumerate(zip(nodes, results, strict=True)):
+        assert node.returncode == 1, errors
+        assert f"CommunicationError: bytegrad: bucket 0 failed on rank {rank} of 2" in errors
+        assert "cannot be reached over the network" in errors
+        assert f"lightning-accel run: rank {rank} failed first" in errors

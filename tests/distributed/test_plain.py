@@ -19,6 +19,7 @@ import lightning_accel as accel
 from helpers.ranks import own_threads, run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
+STEP = EXAMPLE.with_name("steps") / "3_torchrun_snapshots.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -54,7 +55,7 @@ def test_the_example_learns_and_goes_on_after_a_stop(tmp_path):
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
-    assert one["replica"] == other["replica"]
+    assert one["lightning_accel"]["replicas"] == other["lightning_accel"]["replicas"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
 
 
@@ -77,10 +78,10 @@ runpy.run_path({example!r}, run_name="__main__")
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path):
     """Catches peers that do not end when one is killed, and a restart that differs from an undisturbed run."""
     script = tmp_path / "dies_once.py"
-    script.write_text(DIES_ONCE.format(example=str(EXAMPLE)))
-    whole = torchrun(EXAMPLE, "--epochs", 5, "--checkpoint", tmp_path / "whole.pt")
+    script.write_text(DIES_ONCE.format(example=str(STEP)))
+    whole = torchrun(STEP, "--epochs", 5, "--snapshot", tmp_path / "whole.pt")
     assert whole.returncode == 0, whole.stderr
-    killed = torchrun("--max-restarts", 1, script, "--epochs", 5, "--checkpoint", tmp_path / "killed.pt")
+    killed = torchrun("--max-restarts", 1, script, "--epochs", 5, "--snapshot", tmp_path / "killed.pt")
     assert killed.returncode == 0, killed.stderr
     assert "going on after epoch 3" in killed.stdout
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt"))

@@ -316,7 +316,12 @@ def results(rank, world_size):
     assert state == {"rounds": 1, "algorithm": {"factor": 2}}
     replica.load_state_dict({"rounds": 41, "algorithm": {"factor": 3}})
     assert (replica.rounds, recorder.factor) == (41, 3)
+    # What was loaded stood between two rounds: the one that was open here is no more.
     optimizer.step()
+    assert recorder.take() == []
+    ddp(data(rank)).sum().backward()
+    optimizer.step()
+    assert recorder.take() == ROUND
     assert replica.rounds == 42
     replica.close()
 

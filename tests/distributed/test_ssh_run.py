@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_accel.ssh_run import Host, parse_hosts, parse_variable
+from lightning_accel.launch.ssh_run import Host, parse_hosts, parse_variable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
@@ -49,8 +49,8 @@ def start(tmp_path):
     started = []
 
     def start(*words, hosts="one:22,two:2222", variables=()):
-        command = [sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts, "--workdir", str(tmp_path)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
+        command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
+        command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
         for variable in variables:
             command += ["--env", variable]
         environment = {**ENVIRONMENT, "PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
@@ -196,26 +196,70 @@ def ssh_hosts(tmp_path):
             daemon.kill()
             daemon.wait()
         for name, _, _ in made:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split()
+            for pid in map(int, pids):  # of sessions that a broken connection has left
+                os.kill(pid, signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def test_two_hosts_train_the_example_over_ssh(ssh_hosts):
-    """Catches what the stand-in for ssh does not have: other ports, other environments, connections of their own."""
+def ssh_run(ssh_hosts, *words):
     made, folder = ssh_hosts
-    (first, _, _), _ = made
     hosts = f"{made[0][1]}:22,{made[1][1]}:2222"
-    words = ["ip", "netns", "exec", first, sys.executable, "-m", "lightning_accel.cli", "ssh-run", "--host-list", hosts]
-    words += ["--nproc-per-node", "2", "--master-port", "29612", "--env", "PYTHONPATH", "--workdir", str(folder)]
+    command = ["ip", "netns", "exec", made[0][0], sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run"]
+    command += [
+        "--host-list",
+        hosts,
+        "--master-port",
+        "29612",
+        "--env",
+        "PYTHONPATH",
+        "--workdir",
+        folder,
+        "--interface",
+        "cable",
+    ]
     for option in (
         f"IdentityFile={folder / 'user'}",
         "StrictHostKeyChecking=no",
         "UserKnownHostsFile=/dev/null",
         "LogLevel=ERROR",
     ):
-        words += ["--ssh-option", option]
-    words += ["--interface", "cable", str(EXAMPLE), "--epochs", "1"]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+        command += ["--ssh-option", option]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in (*command, *words)], env=ENVIRONMENT, **pipes)
+
+
+def test_two_hosts_train_the_example_over_ssh(ssh_hosts):
+    """Catches what the stand-in for ssh does not have: other ports, other environments, connections of their own."""
+    made, folder = ssh_hosts
+    process = ssh_run(ssh_hosts, "--nproc-per-node", 2, EXAMPLE, "--epochs", 1)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
     logs = "".join(path.read_text() for path in folder.glob("*.log"))
-    assert done.returncode == 0, done.stderr + logs
-    assert done.stdout.count("test accuracy") == 1
-    assert done.stdout.startswith(f"[{made[0][1]}] [rank 0] ")
+    assert process.returncode == 0, errors + logs
+    assert output.count("test accuracy") == 1
+    assert output.startswith(f"[{made[0][1]}] [rank 0] ")
+
+
+def test_an_unplugged_host_ends_the_others(ssh_hosts):
+    """Catches a command that waits for a connection which is dead, for what does not communicate itself."""
+    made, folder = ssh_hosts
+    (folder / "wait.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n")
+    process = ssh_run(ssh_hosts, "--ssh-option", "ServerAliveInterval=1", "wait.py")
+    try:
+        pids = {}
+        while len(pids) < 2:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            pids[line[1:].partition("]")[0]] = int(line.split()[-1])
+        command("ip", "-n", made[1][0], "link", "set", made[1][2], "down")
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 255, errors
+    assert f"lightning-accel ssh-run: {made[1][1]} could not be reached by ssh, or its connection was lost" in errors
+    assert not is_alive(pids[made[0][1]])

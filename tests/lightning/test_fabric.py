@@ -81,6 +81,16 @@ assert fabric.load(path, state) == {{}}
 assert_equal(weights(model), before)
 assert (state["step"], fabric.strategy.replicas[0].rounds) == (6, 2)
 
+for name in ("accel_decentralized", "accel_low_precision_decentralized"):
+    drifting, model, optimizer = train(name)
+    row = torch.cat([weight.flatten() for weight in weights(model)])
+    everywhere = drifting.all_gather(row)
+    assert not torch.equal(everywhere[0], everywhere[1])
+    drifting.save(path, {{"model": model}})
+    agreed = torch.cat([weight.flatten() for weight in weights(model)])
+    assert torch.equal(agreed, ((everywhere[0].double() + everywhere[1].double()) / 2).float())
+    drifting.strategy.teardown()
+
 # Two modules: an optimizer's step ends the round of its own module alone.
 first, first_optimizer = fabric.setup(make(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
 second = make()

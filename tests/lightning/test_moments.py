@@ -183,7 +183,7 @@ def _moments(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     runner = record("saving", Witness(), 3, enable_checkpointing=True, callbacks=[saver])
     runner.save_checkpoint(Path(folder) / "after.ckpt")
     seen["after fit"] = _taken()
-    seen["rounds saved"] = torch.load(Path(folder) / "after.ckpt")["lightning_accel"]["replica"]["rounds"]
+    seen["rounds saved"] = torch.load(Path(folder) / "after.ckpt")["lightning_accel"]["replicas"][0]["rounds"]
     for stage in (runner.validate, runner.test, runner.predict):
         stage(runner.lightning_module, points(1, world_size), **({} if stage == runner.predict else {"verbose": False}))
     seen["stages by themselves"] = _taken()

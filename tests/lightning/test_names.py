@@ -25,7 +25,10 @@ BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
     "accel_bytegrad": {"algorithm": "bytegrad"},
+    "accel_decentralized": {"algorithm": "decentralized"},
+    "accel_low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
     "accel_qadam": {"algorithm": "qadam"},
+    "accel_async": {"algorithm": "async"},
     "accel_spawn": {"start_method": "spawn"},
     "accel_fork": {"start_method": "fork"},
     "accel_notebook": {"start_method": "fork"},
@@ -240,6 +243,17 @@ def test_cli_takes_options(cli: Any, codec: str) -> None:
     assert strategy._ddp_kwargs["bucket_cap_mb"] == 7
     assert strategy.process_group_backend == "gloo"
     assert strategy._start_method == "spawn"
+
+
+def test_cli_takes_options_of_weight_algorithms(cli: Any) -> None:
+    """As above."""
+    strategy = cli(
+        *("--trainer.strategy", "lightning_accel.AccelStrategy"),
+        *("--trainer.strategy.algorithm", "decentralized"),
+        *("--trainer.strategy.peer_selection_mode", "shift_one"),
+        *("--trainer.strategy.communication_interval", "3"),
+    )
+    assert strategy.algorithm == lightning_accel.Decentralized("shift_one", communication_interval=3)
 
 
 @pytest.mark.parametrize(("option", "value"), [("bucket_cap", "7"), ("codec", "int9"), ("algorithm", "bytgrad")])

@@ -82,6 +82,24 @@ class BoundAlgorithm:
     """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
     `reduce_gradients`, and memory is passed over once less."""
 
+    ranks_differ = False
+    """Whether weights, and with them optimizers and gradient scalers, come to differ between ranks: then a checkpoint keeps
+    each rank's."""
+
+    averages: Sequence[torch.nn.Module] = ()
+    """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
+    on another device."""
+
+    relays_termination = False
+    """Whether ranks tell each other that one of them is to end (SIGTERM) by messages that the algorithm sends anyway. Then
+    nobody waits for all others at each batch to hear of it; see docs/design/0006-sigterm.md."""
+
+    is_in_lockstep = True
+    """Whether ranks wait for each other in this round; asked if `relays_termination`."""
+
+    is_terminating = False
+    """Whether a rank is to end, as all ranks know; the same on all of them after `pause` and `consensus`."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.communicator = context.communicator
@@ -120,15 +138,21 @@ class BoundAlgorithm:
     def resume(self) -> None:
         """Starts it again. Collective and idempotent."""
 
+    def request_termination(self) -> None:
+        """Lets all ranks know that this one is to end; if `relays_termination`. Called by a signal handler: must not wait."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs and all ranks hold alike, as tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Takes up what `state_dict` gave; the weights are the checkpoint's by then, and what follows from them starts anew."""
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs and each rank holds for itself; of the same kinds."""
+        """What a resumed run needs and each rank holds for itself, of the same kinds; empty on all ranks or on none.
+
+        Called after `consensus`; not collective. It is written to a file of this rank's own.
+        """
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:

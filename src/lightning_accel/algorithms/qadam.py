@@ -182,7 +182,7 @@ class _QAdam(BoundAlgorithm):
         def reduce() -> None:
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._lane.group.process_group)
 
-        future = self.communicator.submit("the end of warm-up", least, (self._lane, reduce))
+        future = self.communicator.submit("the end of warm-up", least, (self._lane, reduce), is_gradient=False)
         self.communicator.wait()
         return int(future.wait().item())
 

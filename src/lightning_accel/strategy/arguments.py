@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_accel.rank_state import State
 
 _REFUSED = {
     "ddp_comm_state": "the algorithm is the communication hook",
@@ -70,4 +73,17 @@ def check_gradients_stay(algorithm: str, gradient_clip_val: float | None, precis
         raise ValueError(
             f"algorithm {algorithm!r} leaves momentum in .grad, which no loss scale must be taken out of: "
             "use precision='bf16-mixed' or '32-true' in place of 16-bit floats with a scaler"
+        )
+
+
+def check_checkpoint_io(checkpoint_io: object, state: Callable[[], State]) -> None:
+    """Raises ValueError for Lightning's AsyncCheckpointIO where ranks write files beside the checkpoint.
+
+    A checkpoint's files are removed as soon as another is in its place: it must be there when the writer returns.
+    """
+    is_async = any(cls.__name__ == "AsyncCheckpointIO" for cls in type(checkpoint_io).__mro__)
+    if is_async and state().needs_file:
+        raise ValueError(
+            f"with {state().algorithm!r} each rank writes a file beside the checkpoint, and the checkpoint must be complete when "
+            "its writer returns: leave AsyncCheckpointIO out"
         )

@@ -4,27 +4,27 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_accel_autoload
+from lightning_accel import rank_state
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.replica import Replica
-from lightning_accel.strategy.arguments import check_arguments, check_device
+from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
     _Base = Any
 else:
     _Base = object
-
-_log = logging.getLogger(__name__)
-
-_CHECKPOINT_KEY = "lightning_accel"
 
 
 class FabricAccelMixin(_Base):
@@ -34,12 +34,18 @@ class FabricAccelMixin(_Base):
     accumulates. Its state travels in the checkpoints of `fabric.save` and `fabric.load`.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
-        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
+            another registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
             int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         gradient_as_bucket_view: whether gradients lie in DDP's buckets, which spares a copy of them; on by default.
         **kwargs: of Fabric's DDPStrategy, such as process_group_backend, timeout, start_method, and of torch's
             DistributedDataParallel, such as find_unused_parameters, bucket_cap_mb, static_graph.
@@ -59,10 +65,23 @@ class FabricAccelMixin(_Base):
         error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         gradient_as_bucket_view: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "error_feedback": error_feedback,
+            "hierarchical": hierarchical,
+            "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
+        }
         of_base = inspect.signature(super().__init__).parameters
         check_arguments(FabricAccelMixin, {name: value for name, value in kwargs.items() if name not in of_base}, list(options))
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **kwargs)
@@ -114,33 +133,34 @@ class FabricAccelMixin(_Base):
             replica.consensus()
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Saves one model, equal on all ranks, and adds the algorithm's state; other strategies ignore it."""
+        """Saves one model, equal on all ranks, and adds the algorithm's state, which other strategies ignore.
+
+        Collective. Where the algorithm lets weights differ between ranks, each rank's optimizers and schedulers are saved.
+        """
         self.consensus()
-        ours = {
-            "version": 1,
-            "algorithm": self._algorithm.name,
-            "world_size": self.world_size,
-            "replicas": [replica.state_dict() for replica in self.replicas],
-        }
-        super().save_checkpoint(path, {**state, _CHECKPOINT_KEY: ours}, *args, **kwargs)
+        ours = rank_state.State.of(self._algorithm.name, self.replicas)
+        check_checkpoint_io(self.checkpoint_io, lambda: ours)
+        entries = {name: value.state_dict() for name, value in state.items() if isinstance(value, Optimizer | LRScheduler)}
+
+        def write(part: dict[str, Any]) -> None:
+            super(FabricAccelMixin, self).save_checkpoint(path, {**state, rank_state.KEY: part}, *args, **kwargs)
+
+        rank_state.save_checkpoint(path, ours, entries, write)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Takes the algorithm's state out of a checkpoint, if it has one."""
-        rest: dict[str, Any] = super().load_checkpoint(path, state, *args, **kwargs)
-        ours = rest.pop(_CHECKPOINT_KEY, None) if state else None
-        if ours is None:
-            return rest
-        if (ours["algorithm"], len(ours["replicas"])) != (self._algorithm.name, len(self._replicas)):
-            _log.warning(
-                "the checkpoint is of algorithm %r on %d modules, this run uses %r on %d: its state starts anew",
-                ours["algorithm"],
-                len(ours["replicas"]),
-                self._algorithm.name,
-                len(self._replicas),
-            )
-            return rest
-        for replica, restored in zip(self.replicas, ours["replicas"], strict=True):
-            replica.load_state_dict(restored)
+        """Restores what `state` names, the algorithm's state and the random generators. Collective, if `state` is a dict."""
+        load: Callable[..., dict[str, Any]] = super().load_checkpoint
+        if not isinstance(state, dict) or not state:
+            return load(path, state, *args, **kwargs)
+        checkpoint, restored = rank_state.load_checkpoint(
+            path, lambda: load(path, None, *args, **kwargs), self._algorithm.name, len(self._replicas)
+        )
+        checkpoint.pop(rank_state.KEY, None)
+        self.consensus()  # ends what is in flight
+        with _already_read(self, checkpoint):
+            rest = load(path, state, *args, **kwargs)
+        if restored is None or not restored.apply(self._algorithm.name, self.replicas):
+            self.consensus()  # the algorithm starts anew from these weights
         return rest
 
     def teardown(self) -> None:
@@ -164,3 +184,14 @@ class FabricAccelMixin(_Base):
         for ddp, replica in self._replicas:
             if any(id(parameter) in stepped for parameter in ddp.module.parameters()):
                 yield replica
+
+
+@contextmanager
+def _already_read(strategy: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
+    """Gives the strategy this checkpoint, whatever it reads."""
+    checkpoint_io = strategy.checkpoint_io
+    strategy.checkpoint_io = SimpleNamespace(load_checkpoint=lambda *arguments, **options: checkpoint)
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = checkpoint_io

@@ -3,30 +3,31 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import lightning_accel_autoload
+from lightning_accel import rank_state
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.communicator import Statistics
 from lightning_accel.replica import Replica
-from lightning_accel.strategy.arguments import check_arguments, check_device, check_gradients_stay
+from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device, check_gradients_stay
+from lightning_accel.strategy.sigterm import SigtermRelay
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
     _Base = Any
 else:
     _Base = object
-
-_log = logging.getLogger(__name__)
-
-_CHECKPOINT_KEY = "lightning_accel"
 
 
 class AccelMixin(_Base):
@@ -35,12 +36,18 @@ class AccelMixin(_Base):
     The model is wrapped in torch's DDP; the algorithm decides what travels.
 
     Args:
-        algorithm: "gradient_allreduce", "bytegrad", "qadam", another registered name, or an `Algorithm` object.
-        codec: bytegrad, qadam: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        algorithm: "gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async",
+            another registered name, or an `Algorithm` object.
+        codec: bytegrad, qadam, low_precision_decentralized: "int8" (default), "minmax_uint8", "int4", "sign", "fp16", "bf16" or
+            "none".
         error_feedback: bytegrad, qadam: whether what codes lose is kept and sent later; by default in qadam, in bytegrad for
             int4 and sign.
         hierarchical: whether ranks of a node sum first: True, False or "auto"; each algorithm's class says its default.
         average: the mean of gradients (default) or, with False, their sum.
+        peer_selection_mode: decentralized: "all" (default) or "shift_one".
+        communication_interval: decentralized, low_precision_decentralized: rounds from one exchange to the next; default 1.
+        sync_interval_ms: async: milliseconds between averagings.
+        warmup_steps: async: rounds that reduce gradients at first. (QAdam's warm-up belongs to its optimizer.)
         accelerator: as in DDPStrategy, and so the following, down to `start_method`.
         parallel_devices: devices of this node.
         cluster_environment: ranks and addresses.
@@ -81,9 +88,22 @@ class AccelMixin(_Base):
         error_feedback: bool | None = None,
         hierarchical: bool | Literal["auto"] | None = None,
         average: bool | None = None,
+        peer_selection_mode: Literal["all", "shift_one"] | None = None,
+        communication_interval: int | None = None,
+        sync_interval_ms: int | None = None,
+        warmup_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"codec": codec, "error_feedback": error_feedback, "hierarchical": hierarchical, "average": average}
+        options = {
+            "codec": codec,
+            "error_feedback": error_feedback,
+            "hierarchical": hierarchical,
+            "average": average,
+            "peer_selection_mode": peer_selection_mode,
+            "communication_interval": communication_interval,
+            "sync_interval_ms": sync_interval_ms,
+            "warmup_steps": warmup_steps,
+        }
         check_arguments(AccelMixin, kwargs, list(options))
         super().__init__(
             accelerator=accelerator,
@@ -99,8 +119,9 @@ class AccelMixin(_Base):
         )
         self._algorithm = make_algorithm(algorithm, {name: value for name, value in options.items() if value is not None})
         self._replica: Replica | None = None
-        self._restored: dict[str, Any] | None = None
-        self._final_state: dict[str, Any] | None = None
+        self._sigterm: SigtermRelay | None = None
+        self._restored: rank_state.Restored | None = None
+        self._final_state: rank_state.State | None = None
         self._statistics = Statistics()
 
     @property
@@ -123,7 +144,6 @@ class AccelMixin(_Base):
         assert isinstance(self.model, DistributedDataParallel)
         self._close_replica()
         self._replica = Replica(self.model, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
-        self._apply_restored()
 
     def setup(self, trainer: Any) -> None:
         """Wraps the model, then lets the algorithm know the optimizers, which come last. Collective."""
@@ -132,6 +152,9 @@ class AccelMixin(_Base):
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
+            check_checkpoint_io(self.checkpoint_io, self._state)
+            if self._replica.algorithm.relays_termination and self.world_size > 1:
+                self._sigterm = SigtermRelay(trainer, self._replica.algorithm, self._reach_consensus)
 
     def optimizer_step(
         self,
@@ -177,24 +200,43 @@ class AccelMixin(_Base):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Adds the algorithm's state; other strategies ignore it."""
-        # After fit too: that is when users save.
-        state = self._replica.state_dict() if self._replica is not None else self._final_state
-        if state is not None:
-            checkpoint[_CHECKPOINT_KEY] = {
-                "version": 1,
-                "algorithm": self._algorithm.name,
-                "world_size": self.world_size,
-                "replica": state,
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        """Adds the algorithm's state, which other strategies ignore, and writes what each rank holds for itself. Collective."""
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Takes the algorithm's state out of a checkpoint, if it has one."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
-        self._restored = checkpoint.get(_CHECKPOINT_KEY)
-        self._apply_restored()
+        def write(part: dict[str, Any] | None = None) -> None:
+            if part is not None:
+                checkpoint[rank_state.KEY] = part
+            super(AccelMixin, self).save_checkpoint(checkpoint, filepath, storage_options)
+
+        # After fit too: that is when users save.
+        state = self._state() if self._replica is not None else self._final_state
+        if self._is_interrupted:
+            write(None if state is None else state.part(self.world_size))
+        elif state is None or "optimizer_states" not in checkpoint:
+            rank_state.together(write, f"write {filepath}")  # nobody goes on from weights alone
+        else:
+            check_checkpoint_io(self.checkpoint_io, lambda: state)
+            rank_state.save_checkpoint(filepath, state, self._entries_of_rank(checkpoint), write)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint; for a fit, what this rank held for itself too, which waits until the rest is restored."""
+        read: Callable[[], dict[str, Any]] = partial(super().load_checkpoint, checkpoint_path, *args, **kwargs)
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return read()
+        checkpoint, self._restored = rank_state.load_checkpoint(checkpoint_path, read, self._algorithm.name, 1)
         return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Restores the optimizers, and with them, as the last to be restored, the algorithm's state."""
+        super().load_optimizer_state_dict(checkpoint)
+        restored, self._restored = self._restored, None
+        if restored is not None and self._replica is not None:
+            restored.apply(self._algorithm.name, [self._replica])
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Removes a checkpoint, and the ranks' files."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            rank_state.remove_files(filepath)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks; not while this one handles an exception, which the others may not have."""
@@ -214,6 +256,9 @@ class AccelMixin(_Base):
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
         self._close_replica()
+        if self._sigterm is not None:
+            self._sigterm.end()
+            self._sigterm = None
         self._restored = None  # by a validation, perhaps: the next fit may be another one
         super().teardown()
 
@@ -223,32 +268,42 @@ class AccelMixin(_Base):
         lightning_accel_autoload.register(strategy_registry, cls.__module__)
 
     @property
+    def _trainer(self) -> Any:
+        module = self.lightning_module
+        return module._trainer if module is not None else None
+
+    @property
     def _is_interrupted(self) -> bool:
         """Whether this rank handles an exception; callbacks save then, on the failing rank alone: no collective."""
-        module = self.lightning_module
-        trainer = module._trainer if module is not None else None
+        trainer = self._trainer
         return trainer is not None and bool(trainer.state.status == "interrupted")
 
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
+            callbacks = self.lightning_module._trainer.callbacks
+            held = [value for callback in callbacks for value in vars(callback).values()]
+            self._replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
             self._replica.consensus()
+            if self._sigterm is not None:
+                self._sigterm.stop_if_terminating()
 
-    def _apply_restored(self) -> None:
-        if self._replica is None or self._restored is None:
-            return
-        restored, self._restored = self._restored, None
-        if restored["algorithm"] != self._algorithm.name:
-            _log.warning(
-                "the checkpoint is of algorithm %r, this run uses %r: its state starts anew",
-                restored["algorithm"],
-                self._algorithm.name,
-            )
-            return
-        self._replica.load_state_dict(restored["replica"])
+    def _state(self) -> rank_state.State:
+        assert self._replica is not None
+        return rank_state.State.of(self._algorithm.name, [self._replica])
+
+    def _entries_of_rank(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What follows from weights, where they differ between ranks: this rank's optimizers, schedulers and scaler."""
+        names = ("optimizer_states", "lr_schedulers", type(self.precision_plugin).__qualname__)
+        return {name: checkpoint[name] for name in names if name in checkpoint}
 
     def _close_replica(self) -> None:
         replica, self._replica = self._replica, None
         if replica is not None:
             self._statistics = replica.statistics
-            self._final_state = None if self._is_interrupted else replica.state_dict()
+            if self._is_interrupted:
+                self._final_state = None
+            else:
+                state = rank_state.State.of(self._algorithm.name, [replica])
+                own = apply_to_collection(state.own, torch.Tensor, torch.Tensor.cpu)  # until the next fit, perhaps
+                self._final_state = replace(state, own=own)
             replica.close()

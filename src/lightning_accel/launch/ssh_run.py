@@ -1,6 +1,7 @@
 """`lightning-accel ssh-run`: starts a program on several machines over ssh, from one of them.
 
-On each host runs `lightning_accel.node_agent`, which gets its job through ssh's standard input; the job is `lightning-accel run`.
+On each host runs `lightning_accel.launch.node_agent`, which gets its job through ssh's standard input; the job is
+`lightning-accel run`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
+from lightning_accel.connections import UNREACHABLE_SECONDS
 from lightning_accel.environment import DEFAULT_PORT, variable
+from lightning_accel.launch.arguments import port, positive
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
 
 _SSH_FAILED = 255
+
+_PROBES = 4
+
+_SSH_OPTIONS = (
+    "BatchMode=yes",
+    f"ServerAliveInterval={UNREACHABLE_SECONDS / _PROBES:.0f}",  # a host that is unplugged ends ssh, and that ends the others
+    f"ServerAliveCountMax={_PROBES}",
+)
 
 
 @dataclass(frozen=True)
@@ -83,20 +94,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshd"
     )
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on each host (default: 1)")
+    parser.add_argument("--nproc-per-node", type=positive, default=1, metavar="N", help="processes on each host (default: 1)")
     parser.add_argument("--master-addr", metavar="NAME", help="where ranks meet (default: the first host's name)")
-    parser.add_argument("--master-port", type=int, default=DEFAULT_PORT, metavar="PORT", help="of that (default: %(default)s)")
-    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="for ssh's -o; may be repeated")
+    parser.add_argument(
+        "--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="port there (default: %(default)s)"
+    )
+    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="of ssh (-o); may be repeated")
     parser.add_argument(
         "--env",
         action="append",
         default=[],
         type=parse_variable,
         metavar="NAME[=VALUE]",
-        help="for the processes; may be repeated",
+        help="variable for the processes; may be repeated",
     )
-    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="on each host (default: this one)")  # noqa: PTH109
-    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="on each host (default: this one)")
+    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="where to start on each host (default: here)")  # noqa: PTH109
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
     parser.add_argument("--interface", metavar="NAME", help="network interface for messages, such as eth0")
     parser.add_argument("script", help="what to run: a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it")
@@ -125,7 +138,8 @@ def _wait(nodes: list[_Node]) -> int:
                 continue
             running.remove(node)
             if code != 0:
-                what = "could not be reached by ssh" if code == _SSH_FAILED else f"failed first, with exit code {code}"
+                lost = "could not be reached by ssh, or its connection was lost"
+                what = lost if code == _SSH_FAILED else f"failed first, with exit code {code}"
                 _say(f"{node.host.name} {what}; the other hosts are ended")
                 return code
             break
@@ -160,16 +174,18 @@ class _Node:
         run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
         if args.interface is not None:
             run += ["--interface", args.interface]
-        argv = [args.python, "-m", "lightning_accel.cli", "run", *map(str, run), args.script, *args.arguments]
+        # -u: torchrun's --tee does not flush what it prints.
+        argv = [args.python, "-u", "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
         self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
         self._ssh: subprocess.Popen[bytes] | None = None
         self._printers: list[threading.Thread] = []
 
     def start(self) -> None:
-        options = [word for option in ("BatchMode=yes", *self._options) for word in ("-o", option)]
+        # Of an option given twice, ssh takes the first.
+        options = [word for option in (*self._options, *_SSH_OPTIONS) for word in ("-o", option)]
         # What ssh gets goes through a shell on the other side: quoted, and nothing of the job is in it.
-        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.node_agent"
+        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.launch.node_agent"
         self._ssh = subprocess.Popen(
             ["ssh", *options, "-p", str(self.host.port), "--", self.host.name, command],
             stdin=subprocess.PIPE,

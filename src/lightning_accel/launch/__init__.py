@@ -1,0 +1,1 @@
+"""The command `lightning-accel`: programs on several processes and machines."""

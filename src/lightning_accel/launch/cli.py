@@ -1,0 +1,159 @@
+"""The command `lightning-accel`: starts programs on several processes, and says how a process sees itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_accel.launch import ssh_run
+from lightning_accel.launch.arguments import positive
+
+_FAILED = 1
+
+_EXIT_CODES = """\
+exit codes:
+  0        all processes ended well
+  1        nothing was started; the message says why
+  2        wrong arguments
+  128 + n  signal n ended the process that failed first; 130 after Ctrl-C
+  255      ssh did not reach a host, or lost it
+  else     that of the process that failed first"""
+
+_EXAMPLES = """\
+examples:
+  lightning-accel run --nproc-per-node 8 train.py --epochs 10
+  lightning-accel run --nnodes 2 --node-rank 0 --master-addr host0 --nproc-per-node 8 --interface eth0 train.py
+  lightning-accel ssh-run --host-list host0,host1:2222 --nproc-per-node 8 train.py
+  srun lightning-accel env
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="lightning-accel",
+        description="Starts programs on several processes and machines, and says how a process sees itself.",
+        epilog=_EXAMPLES + _EXIT_CODES,
+        formatter_class=as_written,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="start a program on the processes of this node: torchrun, and more", add_help=False)
+    ssh_parser = commands.add_parser(
+        "ssh-run",
+        help="start a program on several machines over ssh",
+        usage="%(prog)s --host-list H1:22,H2 [options] script [arguments ...]",
+        description="Starts a program on several machines over ssh, from one of them. All need the same files in the same\n"
+        "places, and a login without a password. Output is printed with host and rank before it. Ctrl-C, or the failure\n"
+        "of one host, ends all.",
+        epilog=_EXIT_CODES,
+        formatter_class=as_written,
+    )
+    ssh_run.add_arguments(ssh_parser)
+    commands.add_parser(
+        "env",
+        help="print rank, world size and addresses as this process sees them",
+        description="Prints this process's rank, the number of processes and where they meet, and the variables that say so.\n"
+        "Put it in a program's place: srun lightning-accel env",
+        formatter_class=as_written,
+    )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:
+        return _run(words[1:])
+    args = parser.parse_args(words)
+    return ssh_run.ssh_run(args) if words[0] == "ssh-run" else _print_environment()
+
+
+def _print_environment() -> int:
+    from lightning_accel.environment import detect
+
+    try:
+        print(detect())
+    except ValueError as error:
+        print(f"lightning-accel env: {error}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _run(words: list[str]) -> int:
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import get_args_parser, run
+
+    parser = get_args_parser()
+    parser.prog = "lightning-accel run"
+    parser.usage = "%(prog)s [options] script [arguments ...]"
+    parser.description = "Starts a program on the processes of this node: torchrun, with options for the network (at the end)."
+    parser.epilog = _EXIT_CODES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    tuning = parser.add_argument_group("network", "set in the processes' environment, and printed")
+    for option in _TUNING:
+        help_text = f"{option.help} ({', '.join(option.variables)})"
+        tuning.add_argument(f"--{option.name}", type=option.kind, help=help_text, metavar=option.metavar)
+    args = parser.parse_args(words)
+    if re.fullmatch("-?[0-9]+", args.nproc_per_node) and int(args.nproc_per_node) < 1:
+        parser.error(f"argument --nproc-per-node: must be at least 1: got {args.nproc_per_node}")
+    if args.nnodes.isdecimal() and args.rdzv_backend == "static" and not 0 <= args.node_rank < int(args.nnodes):
+        parser.error(f"argument --node-rank: must be at least 0 and below --nnodes {args.nnodes}: got {args.node_rank}")
+    for option in _TUNING:
+        value = getattr(args, option.name.replace("-", "_"))
+        if value is None:
+            continue
+        for variable in option.variables:
+            os.environ[variable] = str(value)
+            print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
+    try:
+        run(args)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        end = f"signal {-code}" if code < 0 else f"exit code {code}"
+        print(f"lightning-accel run: rank {rank} failed first, with {end}; its own output says why", file=sys.stderr)
+        return 128 - code if code < 0 else code
+    except SignalException as error:
+        print(f"lightning-accel run: ended by signal {error.sigval:d}, and its processes with it", file=sys.stderr)
+        return 128 + int(error.sigval)
+    except (DistError, RendezvousError) as error:
+        reason = str(error).partition("\n")[0]
+        print(
+            f"lightning-accel run: the nodes did not meet: {reason} Look at --master-addr, --master-port (is it free?), --nnodes "
+            "and --node-rank, and whether the command runs on all nodes",
+            file=sys.stderr,
+        )
+        return _FAILED
+    except (ValueError, OSError) as error:
+        print(f"lightning-accel run: {error}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option of the network, and the variables it sets."""
+
+    name: str
+    variables: tuple[str, ...]
+    kind: Callable[[str], str | int]
+    metavar: str
+    help: str
+
+
+_TUNING = (
+    _Option(
+        "interface", ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), str, "NAME", "network interface for messages, such as eth0"
+    ),
+    _Option("nccl-socket-threads", ("NCCL_SOCKET_NTHREADS",), positive, "N", "threads of NCCL's TCP transport a connection"),
+    _Option("nccl-sockets-per-thread", ("NCCL_NSOCKS_PERTHREAD",), positive, "N", "sockets of each; at most 64 in all"),
+    _Option("omp-threads", ("OMP_NUM_THREADS",), positive, "N", "threads for CPU work in each process"),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
