@@ -6,13 +6,18 @@ import argparse
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_accel.connections import watch_connections
 from lightning_accel.launch import ssh_run
 from lightning_accel.launch.arguments import positive
 
 _FAILED = 1
+
+_WATCH_SECONDS = 10.0
 
 _EXIT_CODES = """\
 exit codes:
@@ -69,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ssh_run.ssh_run(args) if words[0] == "ssh-run" else _print_environment()
 
 
+def _keep_watching() -> None:
+    """Watches torchrun's own connections; it makes them inside of a call that lasts as long as the program."""
+    while True:
+        time.sleep(_WATCH_SECONDS)
+        watch_connections()
+
+
 def _print_environment() -> int:
     from lightning_accel.environment import detect
 
@@ -109,6 +121,7 @@ def _run(words: list[str]) -> int:
         for variable in option.variables:
             os.environ[variable] = str(value)
             print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
+    threading.Thread(target=_keep_watching, daemon=True).start()
     try:
         run(args)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
