@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", default="gradient_allreduce", help="what travels, and when (default: %(default)s)")
     parser.add_argument("--codec", help="what it is sent as (default: the algorithm's own)")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--warmup-steps", type=int, help="of QAdam (default: a quarter of the steps)")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
     parser.add_argument("--devices", type=int, default=2, help="GPUs or processes")

@@ -13,6 +13,7 @@ import torch
 
 from lightning_accel import _native, codecs
 from lightning_accel.collectives import Group, Scratch
+from lightning_accel.kernels import run_kernel
 
 
 def mean(
@@ -139,20 +140,12 @@ class Ring:
 
 def _mean_of_rows(rows: torch.Tensor, count: int, out: torch.Tensor) -> None:
     dtype = codecs.DTYPES.index(out.dtype)
-    _launch(_native.mean, out.device, dtype, rows.data_ptr(), count, out.data_ptr(), out.numel())
+    run_kernel(_native.mean, out.device, dtype, rows.data_ptr(), count, out.data_ptr(), out.numel())
 
 
 def _ring_difference(x: torch.Tensor, own: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     pointers = [tensor.data_ptr() for tensor in (x, own, left, right)]
-    _launch(_native.ring_difference, x.device, codecs.DTYPES.index(x.dtype), *pointers, x.numel())
-
-
-def _launch(operation: Callable[..., None], device: torch.device, *operands: int) -> None:
-    if device.type == "cpu":
-        operation(*operands, False, 0)
-        return
-    with torch.cuda.device(device):
-        operation(*operands, True, torch.cuda.current_stream(device).cuda_stream)
+    run_kernel(_native.ring_difference, x.device, codecs.DTYPES.index(x.dtype), *pointers, x.numel())
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_accel import _native, codecs
-from lightning_accel.optim.qadam import launch_arguments
+from lightning_accel.kernels import run_kernel
 
 pytestmark = [
     pytest.mark.cuda,
@@ -18,16 +18,15 @@ OPERANDS = 4  # gradient, momentum, variance, parameter
 
 def run(memory, offsets, weight_decay):
     """Both passes over the tensors in `memory`, which begin at `offsets`, one row an operand."""
-    arguments = launch_arguments(memory.device, threads=1)
     dtype = codecs.DTYPES.index(memory.dtype)
     at = [
         [memory.data_ptr() + (operand * memory.shape[1] + offset) * memory.element_size() for operand in range(OPERANDS)]
         for offset in offsets
     ]
     folds = [(g, m, x, numel) for (g, m, v, x), numel in zip(at, NUMELS, strict=True)]
-    _native.qadam_fold(dtype, folds, 0.9, weight_decay, **arguments)
+    run_kernel(_native.qadam_fold, memory.device, dtype, folds, 0.9, weight_decay, 1)
     steps = [(*addresses, numel) for addresses, numel in zip(at, NUMELS, strict=True)]
-    _native.qadam_step(dtype, steps, 1e-3, 0.3, 1e-8, 1 - 1e-3 * weight_decay, **arguments)
+    run_kernel(_native.qadam_step, memory.device, dtype, steps, 1e-3, 0.3, 1e-8, 1 - 1e-3 * weight_decay, 1)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -14,7 +14,8 @@ from lightning_accel import _native
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.codecs import DTYPES, check_codec, uses_feedback
-from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam, launch_arguments
+from lightning_accel.kernels import run_kernel
+from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
 from lightning_accel.topology import Hierarchical, check_hierarchical
 
 
@@ -200,7 +201,8 @@ class _QAdam(BoundAlgorithm):
             address += parameter.numel() * momentum.element_size()
         dtype = DTYPES.index(momentum.dtype)
         for (beta1, weight_decay), of_group in tensors.items():
-            _native.qadam_fold(dtype, of_group, beta1, weight_decay, **launch_arguments(momentum.device, threads=1))
+            # On one thread: backward has the others.
+            run_kernel(_native.qadam_fold, momentum.device, dtype, of_group, beta1, weight_decay, 1)
 
     @property
     def _zeroings(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_accel import _native
 from lightning_accel.codecs import DTYPES
+from lightning_accel.kernels import run_kernel
 
 STABLE_RATIO = 0.96
 """`warmup_steps="auto"`: how near to 1 the ratio of the variance's norms must be (1-bit Adam, section 7.1)."""
@@ -252,17 +253,15 @@ class QAdam(torch.optim.Adam):
             beta1, beta2 = group["betas"]
             steps, frozen = group["steps"] + 1, group["frozen_step"]
             lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
-            scalars = {
-                "step_size": lr / (1 - beta1**steps),
-                "correction": math.sqrt(1 - beta2 ** (steps if self.bagua_compat else frozen)),
-                "eps": group["eps"],
-                "decay": 1 - lr * group["weight_decay"] if decoupled and not self.bagua_compat else 1.0,
-            }
+            step_size = lr / (1 - beta1**steps)
+            correction = math.sqrt(1 - beta2 ** (steps if self.bagua_compat else frozen))
+            decay = 1 - lr * group["weight_decay"] if decoupled and not self.bagua_compat else 1.0
             stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
             torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
             for (device, dtype), parameters in _by_kind(stepped):
                 tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
-                _native.qadam_step(DTYPES.index(dtype), tensors, **scalars, **launch_arguments(device, torch.get_num_threads()))
+                scalars = step_size, correction, group["eps"], decay
+                run_kernel(_native.qadam_step, device, DTYPES.index(dtype), tensors, *scalars, torch.get_num_threads())
 
     def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
         momentum, state = parameter.grad, self.state[parameter]
@@ -328,13 +327,6 @@ class QAdam(torch.optim.Adam):
 
 QAdamOptimizer = QAdam
 """The name that Bagua gave it."""
-
-
-def launch_arguments(device: torch.device, threads: int) -> dict[str, Any]:
-    """How the native passes run on a device."""
-    is_cuda = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
-    return {"threads": threads, "is_cuda": is_cuda, "stream": stream}
 
 
 def _steps_of(state: dict[str, Any]) -> float:
