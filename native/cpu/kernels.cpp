@@ -235,8 +235,7 @@ ACCEL_INLINE void update_residuals(BlockView<Codec> block, const float* values, 
   decode_block<Codec>(block, numel, [&](int start, int length, auto value) {
     for (int i = start; i < start + length; ++i) {
       const float lost = values[i] - value(i - start);
-      const bool is_finite = (bit_cast<uint32_t>(lost) & 0x7FFFFFFFu) < kInfinityBits;
-      residuals.updated[i] = is_finite ? lost : residuals.old[i];
+      residuals.updated[i] = is_finite(lost) ? lost : residuals.old[i];
     }
   });
 }

@@ -2,6 +2,7 @@
 // instruction set that the machine may not have.
 #include "lightning_accel/qadam.h"
 
+#include <system_error>
 #include <thread>
 
 #include "kernels.h"
@@ -36,10 +37,18 @@ void for_each_part(const std::vector<Tensor>& tensors, int threads, Body body) {
     }
   };
   std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) {
-    others.emplace_back(work, part);
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) {
+      others.emplace_back(work, started);
+    }
+  } catch (const std::system_error&) {
+    // The machine gives no more threads: this one does their parts.
   }
   work(0);
+  for (int64_t part = started; part < parts; ++part) {
+    work(part);
+  }
   for (std::thread& other : others) {
     other.join();
   }

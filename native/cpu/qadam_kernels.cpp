@@ -50,10 +50,19 @@ void step_as(const StepTensor& tensor, int64_t begin, int64_t end, const StepSca
     const Value* m = load_span(gradient + start, length, buffers[0]);
     const Value* v = load_span(variance + start, length, buffers[1]);
     const Value* x = load_span(static_cast<const Tensor*>(parameter) + start, length, buffers[2]);
-    memcpy(momentum + start, gradient + start, length * sizeof(Tensor));
     Value results[kChunk];
+    int finite = 0;
     for (int i = 0; i < length; ++i) {
       results[i] = step.apply(m[i], v[i], x[i]);
+      finite += is_finite(m[i]);
+    }
+    if (finite == length) {
+      memcpy(momentum + start, gradient + start, length * sizeof(Tensor));
+    } else {
+      for (int i = 0; i < length; ++i) {
+        results[i] = is_finite(m[i]) ? results[i] : x[i];
+        momentum[start + i] = is_finite(m[i]) ? gradient[start + i] : momentum[start + i];
+      }
     }
     store_span([&](int i) { return results[i]; }, length, parameter + start);
   });

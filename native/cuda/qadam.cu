@@ -116,7 +116,12 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Table<StepTensor> table,
       load<kWidth>(parameter, numel, x);
 #pragma unroll
       for (int i = 0; i < kLaneNumel; ++i) {
-        x[i] = store_value<T>(step.apply(load_value<Value>(m[i]), load_value<Value>(v[i]), load_value<Value>(x[i])));
+        const Value of_gradient = load_value<Value>(m[i]), of_parameter = load_value<Value>(x[i]);
+        const bool is_used = is_finite(of_gradient);
+        x[i] = store_value<T>(is_used ? step.apply(of_gradient, load_value<Value>(v[i]), of_parameter) : of_parameter);
+        if (!is_used && has_element<kWidth>(i, numel)) {
+          m[i] = momentum[element<kWidth>(i)];  // rare: not read otherwise
+        }
       }
       store<kWidth>(momentum, numel, m);
       store<kWidth>(parameter, numel, x);

@@ -32,9 +32,14 @@ template <class Value>
 void test_dtype(DType dtype, int64_t numel, int threads) {
   const Format format = reference::format_of(dtype);
   for (const double weight_decay : {0.0, 0.1}) {
-    const Memory gradient = random_tensor(format, numel, 1, false, 1), momentum = random_tensor(format, numel, 2, false, 0);
+    Memory gradient = random_tensor(format, numel, 1, false, 1);
+    for (int64_t i = 3; i < numel; i += 1000) {
+      reference::store(format, gradient.data() + i * format.bytes,
+                       i % 2 ? std::numeric_limits<double>::quiet_NaN() : -std::numeric_limits<double>::infinity());
+    }
+    const Memory momentum = random_tensor(format, numel, 2, false, 0);
     const Memory variance = random_tensor(format, numel, 3, true, 3), parameter = random_tensor(format, numel, 4, false, 1);
-    Memory folded(numel * format.bytes), stepped(numel * format.bytes);
+    Memory folded(numel * format.bytes), stepped(numel * format.bytes), kept(gradient);
     const accel::FoldScalars fold{0.9, weight_decay};
     const accel::StepScalars step{1e-3 / 0.7, std::sqrt(1 - 0.95), 1e-8, 1 - 1e-3 * weight_decay};
     for (int64_t i = 0; i < numel; ++i) {
@@ -42,12 +47,16 @@ void test_dtype(DType dtype, int64_t numel, int threads) {
       const Value v = static_cast<Value>(at(format, variance, i)), x = static_cast<Value>(at(format, parameter, i));
       const Value wd = static_cast<Value>(weight_decay) * x;
       const Value decayed = weight_decay != 0 ? static_cast<Value>(g + wd) : g;
-      const Value kept = static_cast<Value>(0.9) * m, added = static_cast<Value>(1.0 - 0.9) * decayed;
-      reference::store(format, folded.data() + i * format.bytes, static_cast<Value>(kept + added));
+      const Value old = static_cast<Value>(0.9) * m, added = static_cast<Value>(1.0 - 0.9) * decayed;
+      reference::store(format, folded.data() + i * format.bytes, static_cast<Value>(old + added));
       const Value root = std::sqrt(v) / static_cast<Value>(step.correction);
       const Value ratio = g / static_cast<Value>(root + static_cast<Value>(1e-8));
       const Value change = static_cast<Value>(step.step_size) * ratio, shrunk = x * static_cast<Value>(step.decay);
-      reference::store(format, stepped.data() + i * format.bytes, static_cast<Value>(shrunk - change));
+      const bool is_finite = std::isfinite(g);
+      reference::store(format, stepped.data() + i * format.bytes, is_finite ? static_cast<Value>(shrunk - change) : x);
+      if (!is_finite) {
+        std::memcpy(kept.data() + i * format.bytes, momentum.data() + i * format.bytes, format.bytes);
+      }
     }
     for (const std::string& isa : accel::cpu::instruction_sets()) {
       accel::cpu::use_instruction_set(isa);
@@ -69,7 +78,7 @@ void test_dtype(DType dtype, int64_t numel, int threads) {
                         {part(gradient, half), part(m, half), part(variance, half), part(x, half), numel - half}},
                        step, threads);
       CHECK(x.difference(stepped) < 0, what << ": step differs at byte " << x.difference(stepped));
-      CHECK(m.difference(gradient) < 0, what << ": the momentum is not the gradient");
+      CHECK(m.difference(kept) < 0, what << ": the momentum is not the gradient, or not kept where that is not finite");
     }
   }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -37,11 +37,17 @@ class ErrorFeedback:
         old, updated = self._memory
         return Feedback(**{kind: Residuals(old[kind], updated[kind]) for kind in ("worker", "server")})
 
-    def commit(self) -> None:
-        """Takes up what the last backward wrote; nothing without one."""
-        if self._has_written:
+    def commit(self, ranges: Iterable[tuple[str, int, int]] | None = None) -> None:
+        """Takes up what the last backward wrote: all of it, or kind, first residual and number of some. Nothing without one."""
+        if not self._has_written:
+            return
+        if ranges is None:
             self._has_written = False
             self._memory.reverse()
+            return
+        old, updated = self._memory
+        for kind, first, numel in ranges:
+            old[kind][first : first + numel].copy_(updated[kind][first : first + numel])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The residuals, as copies."""

@@ -221,9 +221,9 @@ def _before_optimizer_step(replica: Callable[[], Replica | None], *arguments: An
         attached.before_step()
 
 
-def _after_optimizer_step(replica: Callable[[], Replica | None], *arguments: Any) -> None:
+def _after_optimizer_step(replica: Callable[[], Replica | None], optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
     if (attached := replica()) is not None and not attached._is_closed:
-        attached.algorithm.after_step()
+        attached.algorithm.after_step(optimizer)
 
 
 def _reduce_bucket(replica: Callable[[], Replica | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

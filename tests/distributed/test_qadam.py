@@ -319,6 +319,8 @@ def misuse(rank, world_size):
     with pytest.raises(ValueError, match=r"needs lightning_accel.QAdam as every optimizer .*: got SGD"):
         Replica(ddp, QAdamAlgorithm(), [torch.optim.SGD(linear.parameters(), lr=1)], timeout=TIMEOUT)
     halves = [QAdam([linear.weight], warmup_steps=3), QAdam([linear.bias], warmup_steps=4)]
+    with pytest.raises(ValueError, match="got no optimizer"):
+        Replica(DistributedDataParallel(torch.nn.Linear(2, 2)), QAdamAlgorithm(), timeout=TIMEOUT).attach_optimizers([])
     with pytest.raises(ValueError, match="need the same warmup_steps"):
         Replica(DistributedDataParallel(torch.nn.Linear(2, 2)), QAdamAlgorithm(), halves, timeout=TIMEOUT)
     ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
@@ -432,3 +434,73 @@ def never_seen(rank, world_size, codec):
 def test_rows_never_seen_stay_and_rows_seen_late_learn(codec):
     """Catches noise on zeros, which Adam makes full steps of, and a frozen variance of zero."""
     run_ranks(never_seen, 2, codec)
+
+
+def step_in_turn(rank, world_size, codec):
+    """Two optimizers, each with a backward and a step of its own; how far one strays from the uncompressed run."""
+    ends = {}
+    for this in (codec, "none"):
+        torch.manual_seed(0)
+        halves = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64), "b": torch.nn.Linear(64, 64)})
+        optimizers = [QAdam(half.parameters(), lr=1e-3, warmup_steps=10) for half in halves.values()]
+
+        class Either(torch.nn.Module):
+            def __init__(self, halves) -> None:
+                super().__init__()
+                self.halves = halves
+
+            def forward(self, x, which):
+                return self.halves[which](x)
+
+        with wrap(Either(halves), optimizers, "qadam", codec=this, find_unused_parameters=True) as ddp:
+            generator = torch.Generator().manual_seed(rank)
+            for step in range(80):
+                which = step % 2
+                optimizers[which].zero_grad()
+                x = torch.randn(8, 64, generator=generator)
+                (ddp(x, "ab"[which]) - x.flip(1)).square().mean().backward()
+                optimizers[which].step()
+        ends[this] = halves["a"].weight.detach().clone()
+    return (ends[codec] - ends["none"]).norm().item()
+
+
+def test_optimizers_that_step_in_turn_keep_their_own_residuals():
+    """Catches residuals taken up for parameters whose code was thrown away: it diverges by hundreds."""
+    for distance in run_ranks(step_in_turn, 2, "sign"):
+        assert distance < 2
+
+
+def poisoned(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int4"), lr=0.01, warmup_steps=2)
+    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="int4")
+    for step in range(6):
+        of_ranks = gradients(world_size, step)
+        if step == 3:
+            of_ranks[1][1][5000] = float("nan")
+        trainer.step(of_ranks[rank])
+        specification.step(of_ranks)
+        trainer.assert_equals(specification.parameters, f"step {step}")
+    trainer.replica.close()
+
+
+def test_a_poisoned_block_is_left_as_it_was():
+    """Catches a NaN of one rank in all ranks' momenta, weights and residuals."""
+    run_ranks(poisoned, 2)
+
+
+def roll_back(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), lr=0.01, warmup_steps=6)
+    for step in range(5):
+        if step == 2:
+            saved = copy.deepcopy(trainer.optimizer.state_dict())
+        trainer.step(gradients(world_size, step)[rank])
+    trainer.optimizer.load_state_dict(saved)
+    for step in range(8):
+        trainer.step(gradients(world_size, step)[rank])
+    trainer.replica.close()
+    return trainer.optimizer.param_groups[0]["frozen_step"]
+
+
+def test_a_state_that_is_loaded_in_between_counts():
+    """Catches an end of warm-up that is counted in rounds since the start."""
+    assert run_ranks(roll_back, 2) == [6, 6]

@@ -82,7 +82,7 @@ def test_wrong_use_is_refused_at_set_up() -> None:
     for messages in run_ranks(_refused, 2):
         assert "needs lightning_accel.QAdam as every optimizer" in messages[0]
         assert "got SGD" in messages[0]
-        assert "must not be clipped: got gradient_clip_val=1.0" in messages[1]
+        assert "must not be clipped: got a bound of 1.0" in messages[1]
         assert "bf16-mixed" in messages[2]
 
 
@@ -142,6 +142,8 @@ def _fabric(rank: int, world_size: int) -> torch.Tensor:
     )
     fabric.launch()
     model = Net()
+    with pytest.raises(ValueError, match="must not be clipped"):
+        fabric.strategy.clip_gradients_norm(model, None, 1.0)
     module, optimizer = fabric.setup(model.net, QAdam(model.net.parameters(), lr=0.01, warmup_steps=3))
     for inputs, targets in fabric.setup_dataloaders(points(8, world_size)):
         optimizer.zero_grad()

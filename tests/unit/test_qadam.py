@@ -128,6 +128,7 @@ def test_the_first_step_after_warmup_by_hand():
     before, momentum = x.detach().clone(), [0.7, -0.2]
     optimizer.freeze()
     x.grad = torch.tensor(momentum, dtype=torch.float64)
+    optimizer.note_folded([x])
     optimizer.step()
     for k in range(2):
         quotient = momentum[k] / (1 - 0.9**3) / (math.sqrt(variance[k] / (1 - 0.99**2)) + 1e-3)
@@ -159,6 +160,7 @@ def test_what_warmup_has_not_seen_does_not_explode():
     assert (optimizer.state[unseen]["exp_avg_sq"] == variance[0]).all()
     before = seen.detach().clone()
     seen.grad, unseen.grad = torch.full((100,), 1e-4), torch.full((5,), 1e-4)  # the first momentum of a gradient of 1e-3
+    optimizer.note_folded([seen, unseen])
     optimizer.step()
     moved = (seen - before).abs() / 1e-3
     assert moved[:11].tolist() == pytest.approx([0.1 * bound / (1 - 0.9**21)] * 11, rel=1e-2)
@@ -231,7 +233,6 @@ def test_a_gradient_scaler_is_refused_after_warmup():
     scaler.scale(sum(x.square().sum() for x in tensors)).backward()
     with pytest.raises(RuntimeError, match="under a gradient scaler after warm-up"):
         scaler.step(optimizer)
-    del optimizer.found_inf, optimizer.grad_scale  # as an exception leaves them
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     disabled.step(optimizer)
     assert optimizer.steps == 2
@@ -262,6 +263,115 @@ def test_other_dtypes_step(dtype):
         momentum, variance = x.grad.double(), optimizer.state[x]["exp_avg_sq"].double()
         quotient = momentum / ((variance / (1 - 0.999**3)).sqrt() + 1e-8)
         expected.append(x.detach().double() - 1e-3 / (1 - 0.9**4) * quotient)
+    optimizer.note_folded(tensors)
     optimizer.step()
     for x, wanted in zip(tensors, expected, strict=True):
         assert torch.allclose(x.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def frozen(tensors, **options) -> QAdam:
+    """After two steps of warm-up."""
+    optimizer = QAdam(tensors, warmup_steps=2, **options)
+    for step in range(2):
+        give_gradients(tensors, step)
+        optimizer.step()
+    optimizer.freeze()
+    return optimizer
+
+
+def test_gradients_that_nobody_folded_are_folded():
+    """Catches raw gradients taken for momentum: of parameters outside of the wrapped model, or in a run without the algorithm."""
+    tensors = parameters()
+    optimizer = frozen(tensors, weight_decay=0.1)
+    before = [(x.detach().clone(), optimizer.state[x]["exp_avg"].clone()) for x in tensors]
+    give_gradients(tensors, 7)
+    gradients = [x.grad.clone() for x in tensors]
+    given = tensors[1].grad
+    optimizer.note_folded(tensors[1:2])
+    optimizer.step()
+    for k, (x, (old, momentum)) in enumerate(zip(tensors, before, strict=True)):
+        expected = given if k == 1 else 0.9 * momentum + (1 - 0.9) * (gradients[k] + 0.1 * old)
+        assert torch.allclose(optimizer.state[x]["exp_avg"], expected, rtol=1e-6, atol=1e-9)
+    give_gradients(tensors, 8)
+    momentum = optimizer.state[tensors[1]]["exp_avg"].clone()
+    gradient = tensors[1].grad.clone()
+    optimizer.step()  # what was noted was for one step
+    assert not torch.equal(optimizer.state[tensors[1]]["exp_avg"], gradient)
+    assert not torch.equal(optimizer.state[tensors[1]]["exp_avg"], momentum)
+
+
+def test_a_state_in_another_memory_format_is_laid_anew():
+    """Catches kernels that walk through memory and pair the wrong elements."""
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        x = torch.nn.Parameter(torch.randn(4, 3, 5, 5))
+        optimizer = frozen([x])
+        x.data = x.data.contiguous(memory_format=memory_format)
+        x.grad = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        results.append(x.detach().contiguous())
+    assert_same_bits(*results)
+    sliced = torch.nn.Parameter(torch.zeros(4, 8)[:, :4])
+    with pytest.raises(ValueError, match="lie densely in memory"):
+        QAdam([sliced]).attach()
+
+
+def test_a_group_may_be_without_gradients():
+    """Catches a crash when a part of the model is frozen, or unused in a step."""
+    first, second = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+    optimizer = QAdam([{"params": [first]}, {"params": [second]}], warmup_steps=1)
+    first.grad, second.grad = torch.ones(5), torch.ones(5)
+    optimizer.step()
+    optimizer.freeze()
+    before, first.grad = first.detach().clone(), None
+    optimizer.step()
+    assert torch.equal(first, before)
+    assert not torch.equal(second, before)
+
+
+def test_a_block_that_is_not_finite_changes_nothing():
+    """Catches a NaN on one rank that stays in momentum and weights for good."""
+    x = torch.nn.Parameter(torch.ones(300))
+    optimizer = frozen([x])
+    before, momentum = x.detach().clone(), optimizer.state[x]["exp_avg"].clone()
+    x.grad = torch.full((300,), 0.5)
+    x.grad[100:200] = float("nan")
+    optimizer.note_folded([x])
+    optimizer.step()
+    bad = torch.zeros(300, dtype=torch.bool)
+    bad[100:200] = True
+    assert torch.equal(x[bad], before[bad])
+    assert torch.equal(optimizer.state[x]["exp_avg"][bad], momentum[bad])
+    assert (x[~bad] != before[~bad]).all()
+    assert (optimizer.state[x]["exp_avg"][~bad] == 0.5).all()
+
+
+def test_groups_are_checked_whenever_they_come():
+    x, y = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = QAdam([x], warmup_steps=2)
+    x.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"beta1\^2 < beta2"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "betas": (0.9, 0.5)})
+    with pytest.raises(ValueError, match="does not take maximize"):
+        QAdam([{"params": [x], "maximize": True}])
+    optimizer = QAdam([x], warmup_steps=2)
+    optimizer.step()
+    optimizer.add_param_group({"params": [y]})
+    y.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.freeze()
+    before = y.detach().clone()
+    optimizer.step()
+    assert ((y - before).abs() > 1e-4).all(), "a group that joined late must go on"
+
+
+def test_weight_decay_stays_decoupled_when_a_state_does_not_say():
+    """Catches an AdamW checkpoint of an older torch that turns decoupled weight decay into L2."""
+    tensors = parameters()
+    optimizer = QAdam(tensors, weight_decay=0.1, decoupled_weight_decay=True)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is True

@@ -45,6 +45,9 @@ ACCEL_INLINE float round_half_even(float x) { return (x + kRoundingMagic) - kRou
 // The same, as an integer: the low bits of the sum are its two's complement.
 ACCEL_INLINE int32_t round_half_even_to_int(float x) { return bit_cast<int32_t>(x + kRoundingMagic) - 0x4B400000; }
 
+ACCEL_INLINE bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7FFFFFFFu) < kInfinityBits; }
+ACCEL_INLINE bool is_finite(double x) { return (bit_cast<uint64_t>(x) & 0x7FFFFFFFFFFFFFFFu) < uint64_t{0x7FF0000000000000u}; }
+
 // One rounding, as IEEE 754 asks for, on host and device.
 ACCEL_INLINE float square_root(float x) { return sqrtf(x); }
 ACCEL_INLINE double square_root(double x) { return sqrt(x); }

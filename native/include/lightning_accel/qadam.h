@@ -3,8 +3,8 @@
 //   fold:  g <- beta1 m + (1 - beta1) (g + weight_decay x)                          in backward: g becomes this rank's momentum
 //   step:  m <- g,  x <- decay x - step_size * (m / (sqrt(v) / correction + eps))   in the step: g is the mean of all ranks'
 //
-// v is the variance as it was when it was frozen. Values are float, double for float64; each operation rounds once, so CPU and
-// GPU write the same bytes.
+// v is the variance as it was when it was frozen. Where g is not finite, step leaves m and x as they are. Values are float,
+// double for float64; each operation rounds once, so CPU and GPU write the same bytes.
 #pragma once
 
 #include <cstdint>

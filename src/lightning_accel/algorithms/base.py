@@ -126,8 +126,8 @@ class BoundAlgorithm:
     def before_step(self) -> None:
         """After the round's last backward; before gradients are unscaled or clipped and the optimizer steps."""
 
-    def after_step(self) -> None:
-        """After an optimizer has stepped; not when a gradient scaler skipped the step, on this rank only perhaps."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After this optimizer has stepped; not when a gradient scaler skipped the step, on this rank only perhaps."""
 
     def consensus(self) -> None:
         """Makes all ranks' weights equal; before validation, test, predict, checkpoint and the end of fit. Collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class BucketPlans:
         self._communicator = context.communicator
         self._codec = codec
         self._hierarchical = hierarchical
+        self._parameters = context.parameters.tensors
         self._places = {id(tensor): place for place, tensor in enumerate(context.parameters.tensors)}
         for name, tensor in zip(context.parameters.names, context.parameters.tensors, strict=True):
             if tensor.requires_grad and tensor.dtype not in DTYPES:
@@ -107,14 +108,34 @@ class BucketPlans:
     def keep_residuals(self) -> None:
         """Turns error feedback on, where anything is quantised."""
         coded, coders = self._coded, self._coders
-        if coders.world_size > 1:
+        if coders.world_size > 1 and self._feedback is None:
             server_numel = coded.numel if coders.world_size <= 2 else coded.owned_numels[coders.rank]
             self._feedback = ErrorFeedback(coded.numel, server_numel, self._device)
 
-    def commit(self) -> None:
-        """Takes up the residuals of the last backward: the optimizer has made its step."""
-        if self._feedback is not None:
+    def commit(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes up the residuals of the last backward, of the parameters whose gradients this optimizer has used.
+
+        Those of others, which step by another optimizer or were not used in this round, keep what their last step left: the
+        code of this backward reaches nobody.
+        """
+        if self._feedback is None:
+            return
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if stepped >= {id(p) for p in self._parameters if p.requires_grad}:
             self._feedback.commit()
+        else:
+            places = sorted(self._places[one] for one in stepped & self._places.keys())
+            self._feedback.commit([ranges for place in places for ranges in self._residual_ranges(place)])
+
+    def _residual_ranges(self, parameter: int) -> Iterator[tuple[str, int, int]]:
+        """Where a parameter's residuals are: the kind, the first one, how many."""
+        coders = self._coders
+        for run in self._coded.runs(parameter):
+            yield "worker", run.place, run.numel
+            if coders.world_size <= 2:
+                yield "server", run.place, run.numel
+            elif run.owner == coders.rank:
+                yield "server", run.owned_place, run.numel
 
     def rank_state_dict(self) -> dict[str, Any]:
         """This rank's residuals, if there are any."""

@@ -85,8 +85,8 @@ class _ByteGrad(BoundAlgorithm):
             return super().reduce_gradients(bucket, label)
         return self._plans.all_reduce(bucket, label, self._divisor)
 
-    def after_step(self) -> None:
-        self._plans.commit()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._plans.commit(optimizer)
 
     def rank_state_dict(self) -> dict[str, Any]:
         return self._plans.rank_state_dict()

@@ -15,7 +15,7 @@ from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, 
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.codecs import DTYPES, check_codec, uses_feedback
 from lightning_accel.kernels import run_kernel
-from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
+from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam, least_of
 from lightning_accel.topology import Hierarchical, check_hierarchical
 
 
@@ -78,6 +78,7 @@ class _QAdam(BoundAlgorithm):
         self._agreed_steps: int | None = None
         self._due_step = 0
         self._last_norm = 0.0
+        self._loads = 0
         self._left_momentum = False
         self._zeroings_before = 0
 
@@ -87,6 +88,10 @@ class _QAdam(BoundAlgorithm):
             raise ValueError(
                 "algorithm 'qadam' needs lightning_accel.QAdam as every optimizer (from configure_optimizers, or given to wrap): "
                 f"got {', '.join(others)}"
+            )
+        if not optimizers:
+            raise ValueError(
+                "algorithm 'qadam' needs lightning_accel.QAdam, returned from configure_optimizers: got no optimizer"
             )
         for optimizer in optimizers:
             assert isinstance(optimizer, QAdam)
@@ -123,13 +128,20 @@ class _QAdam(BoundAlgorithm):
         momentum, parameters = bucket.buffer(), bucket.parameters()
         if bucket.index() == 0:
             self._note_backward()
+        for parameter in parameters:
+            if parameter in self._owners:
+                self._owners[parameter][0].note_folded([parameter])
         if world_size == 1:
             self._fold(momentum, parameters)
             return super().reduce_gradients(bucket, label)
         return self._plans.all_reduce(bucket, label, world_size, before=partial(self._fold, momentum, parameters))
 
-    def after_step(self) -> None:
-        self._plans.commit()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._plans.commit(optimizer)
+
+    def teardown(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return {"due_step": self._due_step, "last_norm": self._last_norm}
@@ -153,14 +165,25 @@ class _QAdam(BoundAlgorithm):
         warmup_steps = self._optimizers[0].warmup_steps
         interval = self._interval if warmup_steps == "auto" else warmup_steps
         self._due_step = self._due_step or interval
+        loads = sum(optimizer.loads for optimizer in self._optimizers)
+        if loads != self._loads:  # on all ranks alike, as whatever loads a state
+            self._loads, self._agreed_steps = loads, None
         if self._agreed_steps is None or self._agreed_steps >= self._due_step:
             self._agreed_steps = self._agree(min(optimizer.steps for optimizer in self._optimizers))
         if self._agreed_steps >= self._due_step:
-            if warmup_steps != "auto" or self._has_settled():
-                for optimizer in self._optimizers:
-                    optimizer.freeze()
-            self._due_step = self._agreed_steps + interval
+            if warmup_steps != "auto":
+                self._freeze()
+            else:
+                self._due_step = self._agreed_steps + interval
+                # Each rank asks its own variance, whose last bits may differ, and more where a scaler skipped a step.
+                if self._agree(int(self._has_settled())):
+                    self._freeze()
         self._agreed_steps += 1  # at most, when the next round comes
+
+    def _freeze(self) -> None:
+        least = least_of({parameter: floor for optimizer in self._optimizers for parameter, floor in optimizer.floors().items()})
+        for optimizer in self._optimizers:
+            optimizer.freeze(least)
 
     @property
     def _interval(self) -> int:
@@ -169,7 +192,7 @@ class _QAdam(BoundAlgorithm):
         return round(1 / (1 - max(float(group["betas"][1]) for group in groups)))
 
     def _has_settled(self) -> bool:
-        """Whether the variance's norm has changed little since the last time. All ranks hold the same variance."""
+        """Whether the variance's norm has changed little since the last time."""
         norm, last = sum(optimizer.variance_norm() for optimizer in self._optimizers), self._last_norm
         self._last_norm = norm
         return min(norm, last) >= STABLE_RATIO * max(norm, last) and last > 0
@@ -210,7 +233,7 @@ class _QAdam(BoundAlgorithm):
 
     def _gradients_are_zero(self) -> bool:
         """Whether somebody has zeroed them otherwise than by the optimizer. One parameter tells."""
-        gradient = next((parameter.grad for parameter in self._owners if parameter.requires_grad), None)
+        gradient = next((parameter.grad for parameter in self._owners if parameter.grad is not None), None)
         return gradient is None or not gradient.any()
 
     def _note_backward(self) -> None:
@@ -218,6 +241,7 @@ class _QAdam(BoundAlgorithm):
         if self._left_momentum and self._zeroings == self._zeroings_before:
             raise RuntimeError(
                 "after QAdam's warm-up .grad holds momentum, and a second backward has added gradients to it: call "
-                "optimizer.zero_grad() before each backward that synchronises, and accumulate under no_sync()"
+                "optimizer.zero_grad() before each backward that synchronises (module.zero_grad() is seen before the forward "
+                "only), and accumulate under no_sync()"
             )
         self._left_momentum, self._zeroings_before = True, self._zeroings

@@ -58,8 +58,8 @@ class QAdam(torch.optim.Adam):
     drops the gradient of step T, corrects the frozen v with a beta2^t that moves on, loses weight decay after T and has no
     error feedback; `bagua_compat` does as it does.
 
-    Without the algorithm, or before T, it is Adam. The state has Adam's names (`step`, `exp_avg`, `exp_avg_sq`); groups
-    remember `steps` and `frozen_step` (T, 0 in warm-up).
+    Without the algorithm, or before T, it is Adam (with v frozen, where a state from after T is loaded without the algorithm).
+    The state has Adam's names (`step`, `exp_avg`, `exp_avg_sq`); groups remember `steps` and `frozen_step` (T, 0 in warm-up).
 
     Args:
         params: as in Adam: parameters, named parameters or groups, each with its own lr, betas, eps, weight_decay if wanted.
@@ -101,7 +101,9 @@ class QAdam(torch.optim.Adam):
         if warmup_steps != "auto" and (isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1):
             raise ValueError(f"warmup_steps must be a number of steps, at least 1, or 'auto': got {warmup_steps!r}")
         self._is_attached = False
+        # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
         self._calls: Counter[str] = Counter()
+        self._folded: set[Tensor] = set()
         use_fused = fused is None and foreach is None and not bagua_compat
         super().__init__(
             params,
@@ -116,16 +118,17 @@ class QAdam(torch.optim.Adam):
         self.defaults.update(warmup_steps=warmup_steps, bagua_compat=bagua_compat)
         for group in self.param_groups:
             self._complete_group(group)
-            beta1, beta2 = group["betas"]
-            if beta1 * beta1 >= beta2:
-                raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
             if use_fused and all(_has_fused(parameter) for parameter in group["params"]):
                 group["fused"] = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:  # older torch's AdamW does not name it, and Adam would take it for off
+            group.setdefault("decoupled_weight_decay", getattr(self, "defaults", {}).get("decoupled_weight_decay", False))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_is_attached", False)
         self.__dict__.setdefault("_calls", Counter())
+        self.__dict__.setdefault("_folded", set())
+        self._calls["load"] += 1
         for group in self.param_groups:  # those of a checkpoint of Adam lack them
             self._complete_group(group)
             if not group["steps"]:
@@ -162,12 +165,17 @@ class QAdam(torch.optim.Adam):
     @property
     def zeroings(self) -> int:
         """Calls of `zero_grad` so far."""
-        # In an object, not in a number: Lightning's LightningOptimizer calls methods on a shallow copy.
         return self._calls["zero_grad"]
+
+    @property
+    def loads(self) -> int:
+        """How often a state was loaded."""
+        return self._calls["load"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in Adam; needed before each backward that follows a step: after warm-up `.grad` holds momentum."""
         self._calls["zero_grad"] += 1
+        self._folded.clear()
         super().zero_grad(set_to_none)
 
     @overload
@@ -185,16 +193,17 @@ class QAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         # Asked after the closure: forward and backward may run inside, and the phase changes at a forward.
+        self._warn_if_alone()
         if self.phase is Phase.COMPRESSED:
             self._refuse_loss_scaling()
             self._step_with_momentum()
         elif self.bagua_compat and self.warmup_steps != "auto" and self.steps + 1 == self.warmup_steps:
             self._step_with_old_momentum()
         else:
-            self._warn_if_alone()
             # Without the hooks that torch wraps around each class's `step`: they belong to this one.
             with torch.no_grad():
                 inspect.unwrap(torch.optim.Adam.step)(self)
+        self._folded.clear()
         for group in self.param_groups:
             group["steps"] += 1
         return loss
@@ -216,36 +225,60 @@ class QAdam(torch.optim.Adam):
                     total += float(variance.sum(dtype=torch.float64)) / correction
         return total
 
-    def freeze(self) -> None:
+    def floors(self) -> dict[Tensor, float]:
+        """The floor of each parameter that a gradient has reached."""
+        found = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                variance = self.state[parameter]["exp_avg_sq"] if parameter in self.state else torch.zeros(0)
+                if (seen := variance[variance > 0]).numel():
+                    found[parameter] = (
+                        self._rescaling(parameter, group) * float(seen.median()) / _largest_ratio(*group["betas"]) ** 2
+                    )
+        return found
+
+    def freeze(self, least_floor: float | None = None) -> None:
         """Ends warm-up: the variance stays as it is from here on, but for the floor. Called by the algorithm.
+
+        Args:
+            least_floor: for parameters that no gradient has reached; None takes the least of this optimizer's.
 
         Raises:
             RuntimeError: if no gradient was different from zero.
         """
-        floors: dict[Tensor, float] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._complete_state(parameter)
-                state = self.state[parameter]
-                beta2 = group["betas"][1]
-                own_steps = _steps_of(state)
-                if not self.bagua_compat and 0 < own_steps != group["steps"]:
-                    # Steps without a gradient do not count for a parameter; the correction is the group's.
-                    state["exp_avg_sq"].mul_((1 - beta2 ** group["steps"]) / (1 - beta2**own_steps))
-                seen = state["exp_avg_sq"][state["exp_avg_sq"] > 0]
-                if seen.numel():
-                    floors[parameter] = float(seen.median()) / _largest_ratio(*group["betas"]) ** 2
-        if not floors:
-            raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
+        floors = self.floors()
+        if least_floor is None:
+            least_floor = least_of(floors)
         for group in self.param_groups:
             group["frozen_step"] = group["steps"]
             for parameter in group["params"]:
+                self._complete_state(parameter)
                 if not self.bagua_compat:
-                    self.state[parameter]["exp_avg_sq"].clamp_(min=floors.get(parameter, min(floors.values())))
+                    variance = self.state[parameter]["exp_avg_sq"]
+                    variance.mul_(self._rescaling(parameter, group)).clamp_(min=floors.get(parameter, least_floor))
+
+    def note_folded(self, parameters: Iterable[Tensor]) -> None:
+        """Called by the algorithm: in this backward `.grad` of these becomes the momentum."""
+        self._folded.update(parameters)
 
     def attach(self) -> None:
-        """Called by the algorithm that communicates for this optimizer."""
+        """Called by the algorithm that communicates for this optimizer.
+
+        Raises:
+            ValueError: for a parameter whose elements do not lie densely in memory.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if torch.empty_like(parameter).stride() != parameter.stride():
+                    raise ValueError(
+                        "QAdam needs parameters whose elements lie densely in memory: got one of shape "
+                        f"{tuple(parameter.shape)} and strides {parameter.stride()}"
+                    )
         self._is_attached = True
+
+    def detach(self) -> None:
+        """Called by the algorithm when it ends."""
+        self._is_attached = False
 
     @torch.no_grad()
     def _step_with_momentum(self) -> None:
@@ -257,18 +290,42 @@ class QAdam(torch.optim.Adam):
             correction = math.sqrt(1 - beta2 ** (steps if self.bagua_compat else frozen))
             decay = 1 - lr * group["weight_decay"] if decoupled and not self.bagua_compat else 1.0
             stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not stepped:
+                continue
             torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
+            self._fold_others(group, [parameter for parameter in stepped if parameter not in self._folded])
             for (device, dtype), parameters in _by_kind(stepped):
                 tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
                 scalars = step_size, correction, group["eps"], decay
                 run_kernel(_native.qadam_step, device, DTYPES.index(dtype), tensors, *scalars, torch.get_num_threads())
 
+    def _fold_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Folds gradients into momentum that no algorithm has folded: of parameters that are not in its model, or without one."""
+        decay = 0.0 if group["decoupled_weight_decay"] or self.bagua_compat else group["weight_decay"]
+        for (device, dtype), of_kind in _by_kind(parameters):
+            tensors = [
+                (gradient, momentum, address, parameter.numel())
+                for parameter in of_kind
+                for gradient, momentum, _, address in [self._addresses(parameter)]
+            ]
+            scalars = group["betas"][0], decay, torch.get_num_threads()
+            run_kernel(_native.qadam_fold, device, DTYPES.index(dtype), tensors, *scalars)
+
     def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
-        momentum, state = parameter.grad, self.state[parameter]
-        assert momentum is not None
-        if momentum.stride() != parameter.stride():  # the kernel walks through memory, not through indices
-            momentum = parameter.grad = torch.empty_like(parameter).copy_(momentum)
-        return momentum.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), parameter.data_ptr()
+        """Of gradient, momentum, variance and parameter, which lie alike: kernels walk through memory, not through indices."""
+        self._complete_state(parameter)
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if gradient.stride() != parameter.stride():
+            gradient = parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        return gradient.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), parameter.data_ptr()
+
+    def _rescaling(self, parameter: Tensor, group: dict[str, Any]) -> float:
+        """Steps without a gradient do not count for a parameter, but the correction of its variance is the group's."""
+        own_steps, beta2 = _steps_of(self.state[parameter]), group["betas"][1]
+        if self.bagua_compat or own_steps in (0, group["steps"]):
+            return 1.0
+        return float((1 - beta2 ** group["steps"]) / (1 - beta2**own_steps))
 
     @torch.no_grad()
     def _step_with_old_momentum(self) -> None:
@@ -285,7 +342,14 @@ class QAdam(torch.optim.Adam):
                     parameter.addcdiv_(state["exp_avg"], denominator, value=-float(group["lr"]) / (1 - beta1**steps))
 
     def _complete_group(self, group: dict[str, Any]) -> None:
-        group.setdefault("steps", 0)
+        beta1, beta2 = group["betas"]
+        if beta1 * beta1 >= beta2:
+            raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
+        for name in ("amsgrad", "maximize"):
+            if group.get(name):
+                raise ValueError(f"QAdam does not take {name}")
+        # One that joins during warm-up counts with the others.
+        group.setdefault("steps", max((other.get("steps", 0) for other in self.param_groups), default=0))
         group.setdefault("frozen_step", 0)
         for name in ("warmup_steps", "bagua_compat"):
             if name in self.defaults:  # not yet while Adam's constructor runs
@@ -297,13 +361,17 @@ class QAdam(torch.optim.Adam):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].stride() != parameter.stride():  # loaded from, or made for, another memory format
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
     def _warn_if_alone(self) -> None:
         if not self._is_attached:
             self._is_attached = True  # once
             warnings.warn(
-                "QAdam without algorithm 'qadam' is plain Adam: nothing is compressed, whatever warmup_steps says. "
-                "Use AccelStrategy(algorithm='qadam') or lightning_accel.wrap(model, optimizer, 'qadam')",
+                "QAdam without algorithm 'qadam' is plain Adam: nothing is compressed, whatever warmup_steps says (and a "
+                "variance that was frozen before stays so). Use AccelStrategy(algorithm='qadam'), or "
+                "lightning_accel.wrap(..., 'qadam')",
                 stacklevel=3,
             )
 
@@ -319,6 +387,7 @@ class QAdam(torch.optim.Adam):
 
     def _refuse_loss_scaling(self) -> None:
         if getattr(self, "found_inf", None) is not None:
+            delattr(self, "found_inf")  # by a handler of this error, perhaps, training goes on without the scaler
             raise RuntimeError(
                 "QAdam cannot go on under a gradient scaler after warm-up: the momentum that travels would be scaled by a "
                 "factor that changes. Train in bf16 or float32 (precision='bf16-mixed'), which need no scaler"
@@ -327,6 +396,17 @@ class QAdam(torch.optim.Adam):
 
 QAdamOptimizer = QAdam
 """The name that Bagua gave it."""
+
+
+def least_of(floors: dict[Tensor, float]) -> float:
+    """The least floor.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    if not floors:
+        raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
+    return min(floors.values())
 
 
 def _steps_of(state: dict[str, Any]) -> float:

@@ -107,14 +107,16 @@ class QAdam:
             momentum = compressed_all_reduce(momenta, self.codec, self.world_size, self.residuals[place])
         else:
             momentum = hierarchical_all_reduce(momenta, self.nodes, self.codec, self.world_size, self.residuals[place])
-        self.momenta[place] = momentum
+        is_finite = momentum.isfinite()
+        self.momenta[place] = torch.where(is_finite, momentum, old)
         correction = 1 - beta2 ** (self.steps if self.bagua else self.warmup_steps)
         # Correctly rounded, which torch's root of float32 is not on every CPU.
         root = self.variances[place].double().sqrt().to(parameter.dtype)
         denominator = root / math.sqrt(correction) + self.eps
         step_size = self.lr / (1 - beta1**self.steps)
         decay = 1 - self.lr * self.weight_decay if self.weight_decay and self.decoupled and not self.bagua else 1.0
-        self.parameters[place] = parameter * decay - (momentum / denominator) * step_size
+        stepped = parameter * decay - (momentum / denominator) * step_size
+        self.parameters[place] = torch.where(is_finite, stepped, parameter)  # what is poisoned stays as it was
 
     def _raise_to_floor(self) -> None:
         """No variance below median / B^2: B is the largest |m| / sqrt(v) that Adam can reach, by Cauchy and Schwarz."""

@@ -66,7 +66,7 @@ def check_gradients_stay(algorithm: str, gradient_clip_val: float | None, precis
     """
     if gradient_clip_val:
         raise ValueError(
-            f"algorithm {algorithm!r} leaves momentum in .grad, which must not be clipped: got gradient_clip_val="
+            f"algorithm {algorithm!r} leaves momentum in .grad, which must not be clipped: got a bound of "
             f"{gradient_clip_val}. Leave it out, or use algorithm 'bytegrad'"
         )
     if getattr(precision, "scaler", None) is not None:

@@ -18,7 +18,7 @@ import lightning_accel_autoload
 from lightning_accel import rank_state
 from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.replica import Replica
-from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device
+from lightning_accel.strategy.arguments import check_arguments, check_checkpoint_io, check_device, check_gradients_stay
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
@@ -100,6 +100,8 @@ class FabricAccelMixin(_Base):
 
     def setup_module(self, module: torch.nn.Module) -> DistributedDataParallel:
         """Wraps the module in DDP and attaches the algorithm. Collective."""
+        if not self._algorithm.keeps_gradients:
+            check_gradients_stay(self._algorithm.name, None, self.precision)
         ddp: DistributedDataParallel = super().setup_module(module)
         self._replicas.append((ddp, Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")))
         return ddp
@@ -126,6 +128,18 @@ class FabricAccelMixin(_Base):
             return super().optimizer_step(optimizer, closure=closure_of_round, **kwargs)
         closure_of_round()
         return super().optimizer_step(optimizer, **kwargs)
+
+    def clip_gradients_norm(self, module: torch.nn.Module, optimizer: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Fabric; refused for algorithms that leave something else in `.grad`."""
+        if not self._algorithm.keeps_gradients:
+            check_gradients_stay(self._algorithm.name, max_norm, self.precision)
+        return super().clip_gradients_norm(module, optimizer, max_norm, *args, **kwargs)
+
+    def clip_gradients_value(self, module: torch.nn.Module, optimizer: Any, clip_val: Any) -> None:
+        """As in Fabric; refused for algorithms that leave something else in `.grad`."""
+        if not self._algorithm.keeps_gradients:
+            check_gradients_stay(self._algorithm.name, clip_val, self.precision)
+        super().clip_gradients_value(module, optimizer, clip_val)
 
     def consensus(self) -> None:
         """Makes all ranks' weights equal, for evaluation. Collective. Saving does it by itself."""
