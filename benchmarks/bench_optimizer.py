@@ -35,6 +35,8 @@ def qadam(tensors: list[torch.nn.Parameter], phase: Phase) -> QAdam:
 
 
 def seconds(optimizer: torch.optim.Optimizer) -> float:
+    if isinstance(optimizer, QAdam):  # as the algorithm does in backward, where gradients become momentum
+        optimizer.note_folded(optimizer.param_groups[0]["params"])
     started = time.perf_counter()
     optimizer.step()
     return time.perf_counter() - started
