@@ -79,6 +79,35 @@ def test_a_step_that_is_skipped_leaves_residuals_as_they_were(world_size):
     run_ranks(skip_steps, world_size)
 
 
+def take_turns(rank, world_size):
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
+    ddp = DistributedDataParallel(GivenGradients(steps[0][rank]), bucket_cap_mb=0.02)
+    first, *rest = ddp.parameters()
+    optimizers = [torch.optim.SGD([first], lr=1e-3), torch.optim.SGD(rest, lr=1e-3)]
+    replica = Replica(ddp, ByteGrad("sign"), optimizers, timeout=timedelta(seconds=30))
+    residuals = zeros(steps[0], world_size)
+    for step, of_ranks in enumerate(steps):
+        before = [Residuals([*kept.workers], kept.server) for kept in residuals]
+        ddp.zero_grad()
+        ddp(of_ranks[rank]).backward()
+        expected = bytegrad(of_ranks, "sign", residuals=residuals)
+        assert_gradients(ddp.module, expected, f"step {step}")
+        stepping = step % 3  # the first, the others, both
+        for k in (0, 1) if stepping == 2 else (stepping,):
+            optimizers[k].step()
+        if stepping == 0:
+            residuals[1:] = before[1:]
+        elif stepping == 1:
+            residuals[0] = before[0]
+    replica.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_optimizers_that_step_in_turn_keep_their_own_residuals(world_size):
+    """Catches residuals taken up for parameters whose code was thrown away: what it carried would be lost for good."""
+    run_ranks(take_turns, world_size)
+
+
 def poison(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
     steps[1][1][1][1000] = float("nan")
