@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_accel.connections import watch_connections
+from lightning_accel.connections import open_sockets, watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
 if TYPE_CHECKING:
@@ -86,10 +86,11 @@ def init_process_group(
     if seed is not None:
         _seed_everything(seed)
     _log.info("%s", found)
+    others = open_sockets()
     if store is None:
         store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
-    watch_connections()
+    watch_connections(others)
     _joined.append(found)
     return found
 
