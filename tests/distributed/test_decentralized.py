@@ -15,6 +15,7 @@ from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
 from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_replicas, inputs_of, optimizer_of, trainable
 from lightning_accel import (
+    AsyncAverage,
     CommunicationError,
     Decentralized,
     LowPrecisionDecentralized,
@@ -296,6 +297,40 @@ def test_peers_meet_as_the_formula_says(n):
         assert [shift_one_peer(r, n, step) for r in range(n)] == [peer(r, n, step) for r in range(n)]
         assert all(shift_one_peer(shift_one_peer(r, n, step), n, step) == r for r in range(n))
     assert {shift_one_peer(0, n, step) for step in range(n // 2)} == set(range(n // 2, n))
+
+
+def unfrozen(rank, world_size):
+    messages = []
+    for algorithm in (Decentralized(), LowPrecisionDecentralized(), AsyncAverage(), AsyncAverage(warmup_steps=9)):
+        model = Two()
+        model.second.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ddp = DistributedDataParallel(model)
+        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
+        for round_ in range(2):
+            sum(ddp(inputs_of(rank, round_))).backward()
+            optimizer.step()
+        model.second.requires_grad_(True)
+        sum(ddp(inputs_of(rank, 2))).backward()
+        assert model.second.bias.grad is not None
+        before = model.second.bias.detach().clone()
+        with pytest.raises(RuntimeError, match="wrap it anew") as error:
+            optimizer.step()
+        messages.append(str(error.value))
+        assert_same_bits(model.second.bias.detach(), before, "unfrozen")
+        replica.consensus()
+        replica.close()
+        del error
+    return messages
+
+
+def test_weights_unfrozen_later_are_refused_before_they_differ():
+    """Catches weights that each rank trains to another value, and that no consensus makes equal."""
+    (mine, others) = run_ranks(unfrozen, 2, timeout=30)
+    assert mine == others
+    assert mine[0].startswith(
+        "decentralized exchanges the weights that need a gradient when the model is wrapped: 'second.weight' (2 of 2"
+    )
 
 
 def bytes_of(rank, world_size, algorithms):
