@@ -376,6 +376,46 @@ def test_bytes(world_size):
     assert of_halves == pytest.approx(3 / 12 * messages * 2, rel=1e-3)
 
 
+def memory(rank, world_size):
+    """In the weights' bytes, of each algorithm: before a consensus, and a few rounds after it."""
+    held = []
+    for algorithm in (
+        Decentralized(),
+        Decentralized("shift_one"),
+        LowPrecisionDecentralized("none"),
+        LowPrecisionDecentralized(),
+        AsyncAverage(sync_interval_ms=1),
+    ):
+        ddp = DistributedDataParallel(torch.nn.Linear(4, 20_000))
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)
+        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
+        bound = replica.algorithm
+        kept = [*bound.buffers, *getattr(bound, "_corrections", ())]
+        kept += [tensor for ring in getattr(bound, "rings", ()) for tensor in (ring.own, ring.left, ring.right)]
+        for round_ in range(8):
+            ddp(inputs_of(rank, round_)).sum().backward()
+            optimizer.step()
+            if round_ == 3:
+                before = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+                replica.consensus()
+        if isinstance(algorithm, AsyncAverage):
+            replica.pause()  # its thread has averaged, or may be about to
+        after = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+        weights = sum(4 * parameter.numel() for parameter in ddp.parameters())
+        held.append([(sum(tensor.nbytes for tensor in kept) + scratch) / weights for scratch in (before, after)])
+        replica.close()
+    return held
+
+
+def test_memory_is_what_the_documentation_says():
+    """Catches scratch memory of a consensus that stays, beside that of exchanges."""
+    code = (1 + 4 / 512) / 4
+    documented = [2, 2, 4 + 3, 4 + 3 * code, 3]
+    for (before, after), limit in zip(run_ranks(memory, 4)[0], documented, strict=True):
+        assert before <= limit * 1.001
+        assert after <= limit * 1.001
+
+
 def left_alone(rank, world_size, algorithm, is_killed):
     """The last rank dies, or gives up, before round 3."""
     model = Mixed()

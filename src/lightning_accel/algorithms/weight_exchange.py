@@ -139,6 +139,7 @@ class WeightExchange(BoundAlgorithm):
         self._wait()
         for flat, targets, _ in exchanged:
             flat.scatter(targets)
+        self._lane.scratch.clear()  # a mean needs more of it than messages do
 
     def state_dict(self) -> dict[str, Any]:
         """The counter; weights are the model's, and equal on all ranks when they are saved."""
