@@ -146,7 +146,17 @@ def get_logger(name: str = "lightning_accel", ranks: Collection[int] | None = (0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --rank, --world-size, --host and --port, for `init_process_group(**vars(arguments))`."""
+    """Adds --backend, --rank, --world-size, --host and --port, the arguments of `init_process_group` with these names.
+
+    Example:
+        >>> import argparse
+        >>> parser = argparse.ArgumentParser()
+        >>> add_arguments(parser)
+        >>> parsed = parser.parse_args(["--rank", "0", "--world-size", "1"])
+        >>> init_process_group(  # doctest: +SKIP
+        ...     parsed.backend, rank=parsed.rank, world_size=parsed.world_size, host=parsed.host, port=parsed.port
+        ... )
+    """
     group = parser.add_argument_group("processes", "default: from torchrun, Open MPI, MPICH or SLURM, else one process")
     group.add_argument("--backend", help="of torch.distributed (default: nccl with a CUDA device, else gloo)")
     group.add_argument("--rank", type=int, help="of this process; needs --world-size")
