@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.collectives import Group, Scratch, backend_of
-from lightning_accel.connections import watch_connections
+from lightning_accel.connections import open_sockets, watch_connections
 from lightning_accel.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -413,6 +413,7 @@ class Communicator:
         # Where the parent is the world, every rank makes all groups: torch then numbers them, and never twice alike. Groups
         # made by their members alone have the name of one that was closed before, and find its addresses in the store.
         is_world = self._parent is dist.group.WORLD
+        others = open_sockets()
         if backend is None and (backend := dist.get_backend(self._parent)) == dist.Backend.UNDEFINED:
             backend = dist.get_backend_config(self._parent)
         for part in parts if is_world else [own]:
@@ -427,7 +428,7 @@ class Communicator:
         if backend_of(self._owned[-1], _CPU) == "gloo":
             # A rank that closes the group at once would cut off those that still connect.
             dist.all_reduce(torch.zeros(1), group=self._owned[-1])
-            watch_connections()
+            watch_connections(others)
         return Group(self._owned[-1])
 
     @property

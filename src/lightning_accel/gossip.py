@@ -40,7 +40,7 @@ def mean(
         between(buffer)
         return
     share = buffer.view(n, buffer.numel() // n)[group.rank]
-    rows = scratch.values("rows", buffer.numel(), buffer.dtype, buffer.device)
+    rows = scratch.values("received", buffer.numel(), buffer.dtype, buffer.device)
     group.all_to_all(_bytes(rows), _bytes(buffer), scratch)()  # (1)
     _mean_of_rows(rows, n, share)  # (2)
     between(share)  # (3)

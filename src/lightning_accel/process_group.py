@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_accel.connections import watch_connections
+from lightning_accel.connections import open_sockets, watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
 if TYPE_CHECKING:
@@ -86,10 +86,11 @@ def init_process_group(
     if seed is not None:
         _seed_everything(seed)
     _log.info("%s", found)
+    others = open_sockets()
     if store is None:
         store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
-    watch_connections()
+    watch_connections(others)
     _joined.append(found)
     return found
 
@@ -145,7 +146,17 @@ def get_logger(name: str = "lightning_accel", ranks: Collection[int] | None = (0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --rank, --world-size, --host and --port, for `init_process_group(**vars(arguments))`."""
+    """Adds --backend, --rank, --world-size, --host and --port, the arguments of `init_process_group` with these names.
+
+    Example:
+        >>> import argparse
+        >>> parser = argparse.ArgumentParser()
+        >>> add_arguments(parser)
+        >>> parsed = parser.parse_args(["--rank", "0", "--world-size", "1"])
+        >>> init_process_group(  # doctest: +SKIP
+        ...     parsed.backend, rank=parsed.rank, world_size=parsed.world_size, host=parsed.host, port=parsed.port
+        ... )
+    """
     group = parser.add_argument_group("processes", "default: from torchrun, Open MPI, MPICH or SLURM, else one process")
     group.add_argument("--backend", help="of torch.distributed (default: nccl with a CUDA device, else gloo)")
     group.add_argument("--rank", type=int, help="of this process; needs --world-size")

@@ -328,7 +328,7 @@ def _folders(path: str | os.PathLike[str]) -> Path:
     if _is_remote(path):
         raise ValueError(
             f"{os.fspath(path)} is not a local path: what each rank holds for itself is in files beside the checkpoint, on a "
-            "file system that all ranks share"
+            "file system that all ranks share. Give a path of it, without file:// and the like"
         )
     return Path(f"{os.fspath(path)}.ranks")
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from lightning_accel.launch import cli
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 for _name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
     ENVIRONMENT.pop(_name, None)
@@ -43,6 +45,19 @@ def run(tmp_path, *words):
         port = str(probe.getsockname()[1])
     options = ("--nproc-per-node", "2", "--master-port", port, "--interface", "lo", "--omp-threads", "3")
     return command("run", *options, str(script), *words)
+
+
+@pytest.mark.parametrize("words", [["--", "--x"], ["--"], ["--", "--", "x"], ["x", "--", "--x"], []])
+@pytest.mark.parametrize("before", [["--nproc-per-node", "1"], ["--"]])
+def test_a_scripts_arguments_may_begin_with_two_dashes(monkeypatch, before, words):
+    """Catches a "--" that argparse takes for its own, in one of the commands."""
+    got = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: got.append((args.training_script, args.training_script_args)))
+    monkeypatch.setattr(cli.threading.Thread, "start", lambda thread: None)
+    assert cli.main(["run", *before, "a.py", *words]) == 0
+    monkeypatch.setattr(cli.ssh_run, "ssh_run", lambda args: got.append((args.script, args.arguments)))
+    cli.main(["ssh-run", "--host-list", "one", *before, "a.py", *words])
+    assert got == [("a.py", words)] * 2
 
 
 def test_run_starts_ranks_with_the_arguments_and_the_network(tmp_path):

@@ -15,6 +15,7 @@ from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
 from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_replicas, inputs_of, optimizer_of, trainable
 from lightning_accel import (
+    AsyncAverage,
     CommunicationError,
     Decentralized,
     LowPrecisionDecentralized,
@@ -298,6 +299,40 @@ def test_peers_meet_as_the_formula_says(n):
     assert {shift_one_peer(0, n, step) for step in range(n // 2)} == set(range(n // 2, n))
 
 
+def unfrozen(rank, world_size):
+    messages = []
+    for algorithm in (Decentralized(), LowPrecisionDecentralized(), AsyncAverage(), AsyncAverage(warmup_steps=9)):
+        model = Two()
+        model.second.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ddp = DistributedDataParallel(model)
+        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
+        for round_ in range(2):
+            sum(ddp(inputs_of(rank, round_))).backward()
+            optimizer.step()
+        model.second.requires_grad_(True)
+        sum(ddp(inputs_of(rank, 2))).backward()
+        assert model.second.bias.grad is not None
+        before = model.second.bias.detach().clone()
+        with pytest.raises(RuntimeError, match="wrap it anew") as error:
+            optimizer.step()
+        messages.append(str(error.value))
+        assert_same_bits(model.second.bias.detach(), before, "unfrozen")
+        replica.consensus()
+        replica.close()
+        del error
+    return messages
+
+
+def test_weights_unfrozen_later_are_refused_before_they_differ():
+    """Catches weights that each rank trains to another value, and that no consensus makes equal."""
+    (mine, others) = run_ranks(unfrozen, 2, timeout=30)
+    assert mine == others
+    assert mine[0].startswith(
+        "decentralized exchanges the weights that need a gradient when the model is wrapped: 'second.weight' (2 of 2"
+    )
+
+
 def bytes_of(rank, world_size, algorithms):
     """Bytes sent in one round in full precision's bytes, over `ROUNDS` rounds; nothing else is sent."""
     shares = []
@@ -339,6 +374,46 @@ def test_bytes(world_size):
     # The first round has nothing to say: 11 of 12, and 3 of 12.
     assert of_ring == pytest.approx(11 / 12 * messages * (1 + 4 / 512), rel=1e-3)
     assert of_halves == pytest.approx(3 / 12 * messages * 2, rel=1e-3)
+
+
+def memory(rank, world_size):
+    """In the weights' bytes, of each algorithm: before a consensus, and a few rounds after it."""
+    held = []
+    for algorithm in (
+        Decentralized(),
+        Decentralized("shift_one"),
+        LowPrecisionDecentralized("none"),
+        LowPrecisionDecentralized(),
+        AsyncAverage(sync_interval_ms=1),
+    ):
+        ddp = DistributedDataParallel(torch.nn.Linear(4, 20_000))
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)
+        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
+        bound = replica.algorithm
+        kept = [*bound.buffers, *getattr(bound, "_corrections", ())]
+        kept += [tensor for ring in getattr(bound, "rings", ()) for tensor in (ring.own, ring.left, ring.right)]
+        for round_ in range(8):
+            ddp(inputs_of(rank, round_)).sum().backward()
+            optimizer.step()
+            if round_ == 3:
+                before = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+                replica.consensus()
+        if isinstance(algorithm, AsyncAverage):
+            replica.pause()  # its thread has averaged, or may be about to
+        after = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+        weights = sum(4 * parameter.numel() for parameter in ddp.parameters())
+        held.append([(sum(tensor.nbytes for tensor in kept) + scratch) / weights for scratch in (before, after)])
+        replica.close()
+    return held
+
+
+def test_memory_is_what_the_documentation_says():
+    """Catches scratch memory of a consensus that stays, beside that of exchanges."""
+    code = (1 + 4 / 512) / 4
+    documented = [2, 2, 4 + 3, 4 + 3 * code, 3]
+    for (before, after), limit in zip(run_ranks(memory, 4)[0], documented, strict=True):
+        assert before <= limit * 1.001
+        assert after <= limit * 1.001
 
 
 def left_alone(rank, world_size, algorithm, is_killed):

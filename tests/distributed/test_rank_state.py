@@ -213,8 +213,9 @@ def load_broken(rank, world_size, folder):
         with pytest.raises(FileNotFoundError, match="rank 0 could not read"):
             run.load(path)
         assert_same(run.everything(), before)
-        with pytest.raises(ValueError, match=r"s3://bucket/last.pt is not a local path"):
-            run.save("s3://bucket/last.pt")
+        for url in ("s3://bucket/last.pt", "file:///tmp/last.pt"):
+            with pytest.raises(ValueError, match=rf"{url} is not a local path.*Give a path of it, without file://"):
+                run.save(url)
     return True
 
 

@@ -73,7 +73,7 @@ def is_alive(pid):
 
 def test_words_arrive_unchanged_and_secrets_stand_in_no_command_line(start, tmp_path):
     """Catches a shell on the way that takes words apart or executes them, and variables that `ps` shows."""
-    words = ["ok", "two words", "$(touch hacked)", "a;b", "'\"", "line\nbreak", "ü", "--workdir", "-x", "`id`"]
+    words = ["--", "ok", "two words", "$(touch hacked)", "a;b", "'\"", "line\nbreak", "ü", "--workdir", "-x", "`id`", "--"]
     process = start(*words, variables=["TOKEN", "OTHER=1"])
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -89,6 +89,18 @@ for name in ("accel_decentralized", "accel_low_precision_decentralized"):
     drifting.save(path, {{"model": model}})
     agreed = torch.cat([weight.flatten() for weight in weights(model)])
     assert torch.equal(agreed, ((everywhere[0].double() + everywhere[1].double()) / 2).float())
+    raw = {{key: value + 1 for key, value in make().state_dict().items()}}
+    raw_path = f"{{path}}-{{name}}-{{drifting.global_rank}}"
+    torch.save(raw, raw_path)
+    drifting.backward(model(torch.randn(3, 4)).square().sum())  # an exchange may be under way
+    drifting.load_raw(raw_path, model)
+    model(torch.ones(3, 4))  # a round begins
+    optimizer.zero_grad()
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, raw[key]), key
+    if drifting.global_rank == 0:
+        drifting.load_raw(raw_path, make())  # none of ours: rank 0 waits for nobody
     drifting.strategy.teardown()
 
 # Two modules: an optimizer's step ends the round of its own module alone.

@@ -38,8 +38,10 @@ class WeightExchange(BoundAlgorithm):
         super().__init__(context)
         ddp, communicator = context.ddp, self.communicator
         named = zip(context.parameters.names, context.parameters.tensors, strict=True)
-        # Frozen weights are equal everywhere.
-        trainable = {name: p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore}
+        own = {name: p for name, p in named if name not in ddp.parameters_to_ignore}
+        # Frozen weights are equal everywhere, as long as they are frozen.
+        trainable = {name: p for name, p in own.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in own.items() if not p.requires_grad}
         for name, tensor in trainable.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"weights must be {', '.join(str(d) for d in DTYPES)}: parameter {name!r} is {tensor.dtype}")
@@ -72,9 +74,23 @@ class WeightExchange(BoundAlgorithm):
                 )
 
     def before_step(self) -> None:
-        """Counts a round."""
+        """Counts a round.
+
+        Raises:
+            RuntimeError: if a weight that was frozen at first needs a gradient now; the optimizer has changed none yet.
+        """
+        self.check_frozen()
         self.rounds += 1
         self.communicator.count_full_precision(self._trainable)
+
+    def check_frozen(self) -> None:
+        """Raises RuntimeError if a weight that was frozen when this was made would be trained: on each rank to another value."""
+        if unfrozen := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            raise RuntimeError(
+                f"{self.communicator.name} exchanges the weights that need a gradient when the model is wrapped: {unfrozen[0]!r} "
+                f"({len(unfrozen)} of {len(self._frozen)} that did not) needs one now. Unwrap the model and wrap it anew, or "
+                "call fit again, once they are unfrozen"
+            )
 
     def start_exchange(self) -> None:
         """Copies the weights to the buffers and starts to exchange them; nothing on a single process."""
@@ -123,6 +139,7 @@ class WeightExchange(BoundAlgorithm):
         self._wait()
         for flat, targets, _ in exchanged:
             flat.scatter(targets)
+        self._lane.scratch.clear()  # a mean needs more of it than messages do
 
     def state_dict(self) -> dict[str, Any]:
         """The counter; weights are the model's, and equal on all ranks when they are saved."""

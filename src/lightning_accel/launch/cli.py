@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lightning_accel.connections import watch_connections
 from lightning_accel.launch import ssh_run
-from lightning_accel.launch.arguments import positive
+from lightning_accel.launch.arguments import of_script, positive
 
 _FAILED = 1
 
@@ -71,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"]:
         return _run(words[1:])
     args = parser.parse_args(words)
-    return ssh_run.ssh_run(args) if words[0] == "ssh-run" else _print_environment()
+    if words[0] == "ssh-run":
+        args.arguments = of_script(args.script, args.arguments, words)
+        return ssh_run.ssh_run(args)
+    return _print_environment()
 
 
 def _keep_watching() -> None:
@@ -110,6 +113,7 @@ def _run(words: list[str]) -> int:
         help_text = f"{option.help} ({', '.join(option.variables)})"
         tuning.add_argument(f"--{option.name}", type=option.kind, help=help_text, metavar=option.metavar)
     args = parser.parse_args(words)
+    args.training_script_args = of_script(args.training_script, args.training_script_args, words)
     if re.fullmatch("-?[0-9]+", args.nproc_per_node) and int(args.nproc_per_node) < 1:
         parser.error(f"argument --nproc-per-node: must be at least 1: got {args.nproc_per_node}")
     if args.nnodes.isdecimal() and args.rdzv_backend == "static" and not 0 <= args.node_rank < int(args.nnodes):

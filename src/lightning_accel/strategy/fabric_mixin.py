@@ -162,8 +162,19 @@ class FabricAccelMixin(_Base):
         rank_state.save_checkpoint(path, ours, entries, write)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Restores what `state` names, the algorithm's state and the random generators. Collective, if `state` is a dict."""
+        """Restores what `state` names, the algorithm's state and the random generators.
+
+        Collective, if `state` is a dict, or (`fabric.load_raw`) a module with weights of one that was set up.
+        """
         load: Callable[..., dict[str, Any]] = super().load_checkpoint
+        if isinstance(state, torch.nn.Module):
+            replicas = [replica for ddp, replica in self._replicas if _share_weights(ddp, state)]
+            for replica in replicas:
+                replica.consensus()  # ends what is in flight
+            loaded = load(path, state, *args, **kwargs)
+            for replica in replicas:
+                replica.consensus()  # the algorithm starts anew from these weights
+            return loaded
         if not isinstance(state, dict) or not state:
             return load(path, state, *args, **kwargs)
         checkpoint, restored = rank_state.load_checkpoint(
@@ -198,6 +209,10 @@ class FabricAccelMixin(_Base):
         for ddp, replica in self._replicas:
             if any(id(parameter) in stepped for parameter in ddp.module.parameters()):
                 yield replica
+
+
+def _share_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return not {id(parameter) for parameter in one.parameters()}.isdisjoint(id(parameter) for parameter in other.parameters())
 
 
 @contextmanager
