@@ -251,12 +251,13 @@ class AccelMixin(_Base):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces a tensor over all ranks; what is no tensor stays."""
-        self._before_collective()
+        if isinstance(tensor, torch.Tensor):
+            self._before_collective(group)
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> Any:
         """Gives all ranks every rank's tensor."""
-        self._before_collective()
+        self._before_collective(group)
         return super().all_gather(tensor, group, sync_grads)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -301,8 +302,10 @@ class AccelMixin(_Base):
             if self._sigterm is not None:
                 self._sigterm.stop_if_terminating()
 
-    def _before_collective(self) -> None:
-        """Before ranks wait for each other in a callback or a log: one that is to end may not come there."""
+    def _before_collective(self, group: Any = None) -> None:
+        """Before all ranks wait for each other in a callback or a log: one that is to end may not come there."""
+        if group is not None and group is not torch.distributed.group.WORLD:
+            return  # of some ranks, perhaps
         if self._sigterm is not None and self._replica is not None and not self._is_interrupted:
             self._find_averages(self._replica)
             if self._replica.algorithm.consensus_if_terminating():
