@@ -248,6 +248,86 @@ def test_a_sigterm_on_one_rank_saves_and_stops_all(terminated: Any, case: str) -
     assert torch.equal(terminated[0]["again"], terminated[1]["again"])
 
 
+class Ahead(Net):
+    """Rank 1 waits in its twentieth batch, in a collective that is not the algorithm's, when rank 0 is signalled in its sixth."""
+
+    def __init__(self, collective: str) -> None:
+        super().__init__()
+        self.collective = collective
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        strategy = self.trainer.strategy
+        if self.global_rank == 0 and batch_idx == 5:
+            time.sleep(0.3)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 19:  # between forward and backward
+            if self.collective == "log":
+                self.log("loss", loss, on_step=True, sync_dist=True)
+            elif self.collective == "gather":
+                self.all_gather(loss)
+            elif self.collective == "broadcast":
+                strategy.broadcast(1)
+            elif self.collective == "barrier":
+                strategy.barrier()
+        return loss
+
+
+def _ahead(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    seen = {}
+    for collective in ("callback", "log", "gather", "broadcast", "barrier"):
+        module, witness = Ahead(collective), OnSave()
+        callbacks = [OnExceptionCheckpoint(Path(folder) / collective), witness]
+        if collective == "callback":
+            callbacks.append(ModelCheckpoint(folder, every_n_train_steps=20))
+        strategy = AccelStrategy("async", sync_interval_ms=100, timeout=timedelta(seconds=8))
+        started = time.monotonic()
+        try:
+            fit(strategy, rank, world_size, module, steps=40, callbacks=callbacks, enable_checkpointing=True)
+        except BaseException as error:
+            caught = type(error).__name__
+        else:
+            caught = "nothing"
+        seen[collective] = caught, time.monotonic() - started < 8, len(module.history), witness.weights, own_threads()
+    return seen
+
+
+def test_a_sigterm_reaches_a_rank_that_waits_in_a_collective_of_its_own(tmp_path: Path) -> None:
+    """Catches a rank that waits for one that has gone to a consensus, to stop there, until the timeout."""
+    one, other = run_ranks(_ahead, 2, str(tmp_path))
+    for collective, (caught, in_time, batches, saved, left) in one.items():
+        others_caught, others_in_time, others_batches, others_saved, others_left = other[collective]
+        assert (collective, caught, others_caught) == (collective, "SIGTERMException", "SIGTERMException")
+        assert in_time
+        assert others_in_time
+        assert (batches, others_batches) == (6, 19)
+        assert torch.equal(saved, others_saved)
+        assert left == others_left == []
+
+
+class Logged(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, sync_dist=True)
+        return loss
+
+
+def _logged(rank: int, world_size: int) -> tuple[int, bool]:
+    strategy = _strategy()
+    module, seen = Logged(), []
+    module.on_train_end = lambda: seen.append(strategy._replica.algorithm.averagings)  # type: ignore[method-assign]
+    fit(strategy, rank, world_size, module, steps=200)
+    return seen[0], own_threads() == []
+
+
+def test_ranks_average_though_they_wait_for_each_other_at_each_batch() -> None:
+    """Catches collectives that put averaging off for ever, and weights that change between forward and backward."""
+    for averagings, left_nothing in run_ranks(_logged, 2):
+        assert averagings >= 3
+        assert left_nothing
+
+
 class Failing(Net):
     def __init__(self, exception: BaseException, ranks: tuple[int, ...]) -> None:
         super().__init__()

@@ -115,6 +115,7 @@ class _AsyncAverage(WeightExchange):
         self._is_running = False
         self._lock = threading.Condition()
         self._is_stopping = False
+        self._goes_on = False
         self._termination_requested = False
         self._due = 0.0
         self._has_contribution = False
@@ -174,6 +175,19 @@ class _AsyncAverage(WeightExchange):
         if self._world_size == 1:
             return
         self._stop()
+        self._make_equal()
+
+    @torch.inference_mode(False)
+    def consensus_if_terminating(self) -> bool:
+        if not self._is_running or self.is_in_lockstep:
+            return False
+        self._goes_on = True
+        self._stop()
+        if self.is_terminating:
+            self._make_equal()
+        return self.is_terminating
+
+    def _make_equal(self) -> None:
         self._correct()
         super().consensus()
         # The next averaging begins from here: what was contributed before would pull back.
@@ -194,7 +208,9 @@ class _AsyncAverage(WeightExchange):
         if self._is_running:
             return
         self._is_running = True
-        self._due = _clock() + self._interval_seconds
+        if not self._goes_on:
+            self._due = _clock() + self._interval_seconds
+        self._goes_on = False
         self.communicator.run("averaging", partial(_meet, weakref.ref(self), self._lock), self._meetings)
 
     def _stop(self) -> None:
@@ -234,17 +250,20 @@ class _AsyncAverage(WeightExchange):
         self.communicator.check()
         with self._lock:
             overdue_seconds = _clock() - self._due
-            has_new = self._is_snapshot_new or self._is_stopping or overdue_seconds >= self._interval_seconds
+            gives_none = self._is_stopping and not self._goes_on
+            has_new = self._is_snapshot_new or gives_none or overdue_seconds >= self._interval_seconds
             is_ready = self._has_contribution and overdue_seconds >= 0 and has_new
             was_stopping = self._is_stopping
             self._flags.copy_(torch.tensor([was_stopping, self._termination_requested, is_ready]))
         self.communicator.all_reduce_now(self._flags, self._meetings)
         stopping, terminating, ready = self._flags.tolist()
         self.is_terminating |= terminating > 0
-        if stopping == self._world_size:
-            return None
-        if ready == self._world_size:
+        is_last = stopping == self._world_size
+        # Ranks that stop at each batch for a moment, and go on, would never average otherwise.
+        if ready == self._world_size and (not is_last or (self._goes_on and not terminating)):
             self._average()
+        if is_last:
+            return None
         with self._lock:
             has_news = self._is_stopping and not was_stopping
             return 0.0 if has_news else min(self._interval_seconds, _MEETING_SECONDS)

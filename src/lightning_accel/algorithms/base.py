@@ -132,6 +132,17 @@ class BoundAlgorithm:
     def consensus(self) -> None:
         """Makes all ranks' weights equal; before validation, test, predict, checkpoint and the end of fit. Collective."""
 
+    def consensus_if_terminating(self) -> bool:
+        """A consensus, if a rank is to end; if `relays_termination`. Collective, and weights may be in use: else they stay.
+
+        Called before a collective that is not the algorithm's own. A rank that waited there for one that has gone to a
+        consensus, to end, would wait in vain.
+
+        Returns:
+            Whether a rank is to end, the same on all ranks; False where ranks are in step anyway.
+        """
+        return False
+
     def pause(self) -> None:
         """Stops communication that runs by itself. Collective and idempotent."""
 

@@ -241,7 +241,24 @@ class AccelMixin(_Base):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks; not while this one handles an exception, which the others may not have."""
         if not self._is_interrupted:
+            self._before_collective()
             super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Gives all ranks one rank's object."""
+        self._before_collective()
+        return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over all ranks; what is no tensor stays."""
+        if isinstance(tensor, torch.Tensor):
+            self._before_collective(group)
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> Any:
+        """Gives all ranks every rank's tensor."""
+        self._before_collective(group)
+        return super().all_gather(tensor, group, sync_grads)
 
     def on_exception(self, exception: BaseException) -> None:
         """Puts our names in the advice that DDPStrategy adds to torch's errors."""
@@ -280,12 +297,23 @@ class AccelMixin(_Base):
 
     def _reach_consensus(self) -> None:
         if self._replica is not None and not self._is_interrupted:
-            callbacks = self.lightning_module._trainer.callbacks
-            held = [value for callback in callbacks for value in vars(callback).values()]
-            self._replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
+            self._find_averages(self._replica)
             self._replica.consensus()
             if self._sigterm is not None:
                 self._sigterm.stop_if_terminating()
+
+    def _before_collective(self, group: Any = None) -> None:
+        """Before all ranks wait for each other in a callback or a log: one that is to end may not come there."""
+        if group is not None and group is not torch.distributed.group.WORLD:
+            return  # of some ranks, perhaps
+        if self._sigterm is not None and self._replica is not None and not self._is_interrupted:
+            self._find_averages(self._replica)
+            if self._replica.algorithm.consensus_if_terminating():
+                self._sigterm.stop_if_terminating()
+
+    def _find_averages(self, replica: Replica) -> None:
+        held = [value for callback in self._trainer.callbacks for value in vars(callback).values()]
+        replica.algorithm.averages = [value for value in held if isinstance(value, AveragedModel)]
 
     def _state(self) -> rank_state.State:
         assert self._replica is not None
