@@ -45,7 +45,8 @@ class AsyncAverage(Algorithm):
 
     Cost of an averaging for each rank: 2 (n-1)/n times the weights' bytes (float16 and bfloat16 travel as float32), in the
     background and over gloo always; training itself copies its weights once and adds to them once. Ranks' threads meet
-    every 50 ms for 12 bytes. Memory: the weights three times; on CUDA in pinned host memory, and once on the GPU.
+    every 50 ms for 12 bytes. Memory: the weights three times, and once more during a consensus; on CUDA in pinned
+    host memory, and once on the GPU (twice during a consensus).
 
     Fails when: weights drift apart faster than they are averaged. Give a shorter interval, or some warm-up. Weights that
     are NaN or Inf on one rank become so on all.

@@ -33,7 +33,8 @@ class LowPrecisionDecentralized(Algorithm):
 
     Cost a communication for each rank: 2 codes of the weights, about 2 bytes an element against 8 (n-1)/n for an all_reduce of
     float32 gradients (two ranks: 1 against 4); 2 messages, whatever n, and no rank waits for any but its neighbours. Memory:
-    four times the weights, float16 and bfloat16 as float32. On a single process it does nothing.
+    four times the weights, float16 and bfloat16 as float32, and up to three codes; once more during a consensus. On a single
+    process it does nothing.
 
     Fails when: the codec is coarse: elements of d below half a step of Q's grid (int8: 1/254 of the largest in their block) are
     lost, not sent later. Or n is large: what one rank learns takes n/2 communications to reach the farthest one. An element
