@@ -98,9 +98,15 @@ def wrap(
 
 
 def unwrap(ddp: AccelDataParallel) -> nn.Module:
-    """Ends communication and gives the model back, with equal weights on all ranks. Collective."""
-    ddp.replica.consensus()
-    ddp.replica.close()
+    """Ends communication and gives the model back, with equal weights on all ranks. Collective and idempotent.
+
+    Raises:
+        RuntimeError: after a `with` block that an exception has ended, if weights may differ between ranks.
+    """
+    try:
+        ddp.replica.consensus()
+    finally:
+        ddp.replica.close()
     module: nn.Module = ddp.module
     return module
 
