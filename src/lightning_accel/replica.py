@@ -116,6 +116,7 @@ class Replica:
             RuntimeError: if they may differ and communication has ended.
         """
         if not self._is_closed:
+            self._end_skipped_round()
             self.algorithm.consensus()
             self._may_differ = False
         elif self._may_differ:
@@ -174,13 +175,16 @@ class Replica:
             raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
-        if self._steps_end_rounds and self._in_round and self._has_reduced:
-            # No optimizer stepped: a gradient scaler skipped it. The strategy knows better when a round ends: under it, and
-            # manual optimisation, this may be one more micro-batch.
-            self.before_step()
+        self._end_skipped_round()
         if not self._in_round:
             self._in_round = True
             self.algorithm.before_forward()
+
+    def _end_skipped_round(self) -> None:
+        """Ends a round whose gradients are complete and in which no optimizer stepped: a gradient scaler skipped it."""
+        # The strategy knows better when a round ends: under it, and manual optimisation, this may be one more micro-batch.
+        if self._steps_end_rounds and self._in_round and self._has_reduced:
+            self.before_step()
 
     def _divert_all_reduce(self, ddp: DistributedDataParallel) -> None:
         if ddp._comm_hooks:
