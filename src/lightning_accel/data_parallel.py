@@ -41,6 +41,7 @@ class AccelDataParallel(DistributedDataParallel):
         replica = state.pop("replica", None)
         if replica is not None:
             hooks = state["_forward_pre_hooks"]
+            state["_comm_hooks"] = []
             state["_forward_pre_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in replica.hook_ids)
         return state
 

@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -166,11 +167,23 @@ def wrap_models(rank, world_size):
     torch.testing.assert_close(copied.module.weight.grad, mean.expand(2, 3))
     assert ddp.replica.rounds == 0
 
+    # So does one that was pickled, whether the algorithm takes whole buckets or lets DDP divide.
+    plain = accel.wrap(model, optimizer)
+    for wrapped in (ddp, plain):
+        pickled = pickle.loads(pickle.dumps(wrapped))
+        assert pickled._comm_hooks == []
+        for _ in range(2):
+            pickled.zero_grad()
+            pickled(data_of(rank)).sum().backward()
+            torch.testing.assert_close(pickled.module.weight.grad, mean.expand(2, 3))
+        assert wrapped.replica.rounds == 0
+    accel.unwrap(plain)
+
     # One that is dropped leaves no thread.
     for _ in range(2):
         ddp(data_of(rank)).sum().backward()
     assert own_threads()
-    del ddp, copied
+    del ddp, copied, wrapped
     gc.collect()
     deadline = time.monotonic() + 10
     while own_threads() and time.monotonic() < deadline:
