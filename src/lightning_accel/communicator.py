@@ -197,6 +197,7 @@ class Communicator:
         self._pending: list[_Task] = []
         self._running: list[str] = []
         self._failure: CommunicationError | None = None
+        self._is_closed = False
         self._process_id = os.getpid()
         if self._uses_threads:
             self._close_at_exit()
@@ -303,6 +304,7 @@ class Communicator:
         with self._changed:
             if self._failure is not None:
                 return
+            self._check_open(label)
             self._running.append(label)
         self._close_at_exit()
 
@@ -391,6 +393,7 @@ class Communicator:
         native call after it would end the process by force.
         """
         with self._changed:
+            self._is_closed = True
             unfinished = [task.label for task in self._pending] + self._running
         for label in unfinished[:1]:
             self._fail(RuntimeError("communication was closed before it was done"), label)
@@ -447,8 +450,13 @@ class Communicator:
         """Notes a task as pending; False when communication has failed and nothing more may be issued."""
         with self._changed:
             if self._failure is None:
+                self._check_open(task.label)
                 self._pending.append(task)
             return self._failure is None
+
+    def _check_open(self, label: str) -> None:
+        if self._is_closed:  # a thread started now would stay
+            raise RuntimeError(f"{self.name}: {label} was started after communication was closed")
 
     def _run_stages(self, task: _Task, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
         """Passes a task on to its next stage, or delivers it; on a GPU, `ready` says when the stage before has written."""

@@ -41,6 +41,7 @@ class AccelDataParallel(DistributedDataParallel):
         replica = state.pop("replica", None)
         if replica is not None:
             hooks = state["_forward_pre_hooks"]
+            state["_comm_hooks"] = []
             state["_forward_pre_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in replica.hook_ids)
         return state
 
@@ -98,9 +99,15 @@ def wrap(
 
 
 def unwrap(ddp: AccelDataParallel) -> nn.Module:
-    """Ends communication and gives the model back, with equal weights on all ranks. Collective."""
-    ddp.replica.consensus()
-    ddp.replica.close()
+    """Ends communication and gives the model back, with equal weights on all ranks. Collective and idempotent.
+
+    Raises:
+        RuntimeError: after a `with` block that an exception has ended, if weights may differ between ranks.
+    """
+    try:
+        ddp.replica.consensus()
+    finally:
+        ddp.replica.close()
     module: nn.Module = ddp.module
     return module
 

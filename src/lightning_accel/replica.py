@@ -62,6 +62,7 @@ class Replica:
         self._backward_is_armed = False
         self._buckets = 0
         self._is_closed = False
+        self._may_differ = False
         self._end_diversion: Callable[[], Any] | None = None
         if self.algorithm.lets_ddp_divide:
             self._divert_all_reduce(ddp)
@@ -100,6 +101,7 @@ class Replica:
 
     def before_step(self) -> None:
         """Ends the round: gradients are complete, the optimizer has not stepped yet. Nothing outside of a round."""
+        self._may_differ = self.algorithm.ranks_differ
         if not self._in_round:
             return
         self._in_round = False
@@ -108,16 +110,30 @@ class Replica:
         self.algorithm.before_step()
 
     def consensus(self) -> None:
-        """Makes all ranks' weights equal. Collective."""
-        self.algorithm.consensus()
+        """Makes all ranks' weights equal. Collective; nothing after a close that has left them equal.
+
+        Raises:
+            RuntimeError: if they may differ and communication has ended.
+        """
+        if not self._is_closed:
+            self._end_skipped_round()
+            self.algorithm.consensus()
+            self._may_differ = False
+        elif self._may_differ:
+            raise RuntimeError(
+                f"{self.communicator.name}: weights may differ between ranks, and communication was closed before a consensus, "
+                "by an exception perhaps. Wrap the model anew (all ranks get rank 0's), or take it as it is: ddp.module"
+            )
 
     def pause(self) -> None:
-        """Stops communication that runs by itself. Collective and idempotent."""
-        self.algorithm.pause()
+        """Stops communication that runs by itself. Collective and idempotent; nothing after `close`."""
+        if not self._is_closed:
+            self.algorithm.pause()
 
     def resume(self) -> None:
-        """Starts it again. Collective and idempotent."""
-        self.algorithm.resume()
+        """Starts it again. Collective and idempotent; nothing after `close`."""
+        if not self._is_closed:
+            self.algorithm.resume()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the algorithm's state, as tensors, numbers, strings, lists and dicts."""
@@ -159,13 +175,16 @@ class Replica:
             raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
         self.communicator.check()
         self._backward_is_armed = False  # a backward that failed leaves it set
-        if self._steps_end_rounds and self._in_round and self._has_reduced:
-            # No optimizer stepped: a gradient scaler skipped it. The strategy knows better when a round ends: under it, and
-            # manual optimisation, this may be one more micro-batch.
-            self.before_step()
+        self._end_skipped_round()
         if not self._in_round:
             self._in_round = True
             self.algorithm.before_forward()
+
+    def _end_skipped_round(self) -> None:
+        """Ends a round whose gradients are complete and in which no optimizer stepped: a gradient scaler skipped it."""
+        # The strategy knows better when a round ends: under it, and manual optimisation, this may be one more micro-batch.
+        if self._steps_end_rounds and self._in_round and self._has_reduced:
+            self.before_step()
 
     def _divert_all_reduce(self, ddp: DistributedDataParallel) -> None:
         if ddp._comm_hooks:

@@ -5,10 +5,12 @@ import gc
 import io
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,11 +167,23 @@ def wrap_models(rank, world_size):
     torch.testing.assert_close(copied.module.weight.grad, mean.expand(2, 3))
     assert ddp.replica.rounds == 0
 
+    # So does one that was pickled, whether the algorithm takes whole buckets or lets DDP divide.
+    plain = accel.wrap(model, optimizer)
+    for wrapped in (ddp, plain):
+        pickled = pickle.loads(pickle.dumps(wrapped))
+        assert pickled._comm_hooks == []
+        for _ in range(2):
+            pickled.zero_grad()
+            pickled(data_of(rank)).sum().backward()
+            torch.testing.assert_close(pickled.module.weight.grad, mean.expand(2, 3))
+        assert wrapped.replica.rounds == 0
+    accel.unwrap(plain)
+
     # One that is dropped leaves no thread.
     for _ in range(2):
         ddp(data_of(rank)).sum().backward()
     assert own_threads()
-    del ddp, copied
+    del ddp, copied, wrapped
     gc.collect()
     deadline = time.monotonic() + 10
     while own_threads() and time.monotonic() < deadline:
@@ -236,6 +250,61 @@ def save_models(rank, world_size, folder):
 def test_checkpoints_are_complete_or_not_there(tmp_path):
     """Catches a file that is written in place, a rank that waits for one that failed, and an error that names no file."""
     assert run_ranks(save_models, 2, str(tmp_path)) == [True] * 2
+
+
+def use_closed(rank, world_size, folder):
+    for algorithm in ("bytegrad", "decentralized", "low_precision_decentralized", "async"):
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+        def train(ddp, optimizer=optimizer):
+            for step in range(3):
+                optimizer.zero_grad()
+                ddp(data_of(rank + step)).square().sum().backward()
+                optimizer.step()
+
+        with accel.wrap(model, optimizer, algorithm) as ddp:
+            train(ddp)
+        path = Path(folder, f"{algorithm}.pt")
+        accel.save_checkpoint(path, ddp, optimizer)
+        assert torch.equal(torch.load(path, weights_only=True)["model"]["weight"], model.weight)
+        ddp.replica.pause()
+        ddp.replica.resume()
+        assert accel.unwrap(ddp) is accel.unwrap(ddp) is model
+        assert not own_threads()
+        lane = ddp.replica.communicator._lanes[0]
+        with pytest.raises(RuntimeError, match="late was started after communication was closed"):
+            ddp.replica.communicator.submit("late", torch.zeros(1), (lane, lambda: None))
+        with pytest.raises(RuntimeError, match="late was started after communication was closed"):
+            ddp.replica.communicator.run("late", lambda: None, lane)
+        assert not own_threads()
+
+        failed = []
+
+        def fail(train=train, model=model, optimizer=optimizer, algorithm=algorithm, failed=failed):
+            with accel.wrap(model, optimizer, algorithm) as ddp:
+                try:
+                    train(ddp)
+                    torch.distributed.barrier()
+                    raise ValueError("on all ranks")
+                finally:
+                    failed.append(ddp)
+
+        with pytest.raises(ValueError, match="on all ranks"):
+            fail()
+        for end in (accel.unwrap, partial(accel.save_checkpoint, path)):
+            if algorithm == "bytegrad":  # equal at each step
+                end(failed[0])
+            else:
+                with pytest.raises(RuntimeError, match="weights may differ between ranks, and communication was closed"):
+                    end(failed[0])
+        assert not own_threads()
+    return True
+
+
+def test_after_its_end_a_model_is_saved_or_refused_and_nothing_starts_again(tmp_path):
+    """Catches a closed replica that is used as if it were alive, and weights that differ taken for one model."""
+    assert run_ranks(use_closed, 2, str(tmp_path)) == [True] * 2
 
 
 def load_data(rank, world_size):

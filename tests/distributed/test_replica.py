@@ -225,6 +225,34 @@ def test_a_step_skipped_on_one_rank_only_changes_nothing_that_peers_see():
     assert first == second == ROUND * 4
 
 
+def skipped_before_consensus(rank, world_size):
+    ddp, replica, _, (optimizer,) = setup()
+    for _ in range(2):
+        ddp(data(rank)).sum().backward()
+        if rank == 1:  # a scaler skips on rank 0
+            optimizer.step()
+    replica.consensus()
+    assert replica.rounds == 2, "a checkpoint would count one round less"
+    ddp(data(rank)).sum().backward()
+    replica.consensus()
+    optimizer.step()
+    assert replica.rounds == 3, "a round that a consensus has ended must not end twice"
+    with ddp.no_sync():
+        ddp(data(rank)).sum().backward()
+    replica.consensus()
+    assert replica.rounds == 3, "a micro-batch is no round"
+    ddp(data(rank)).sum().backward()
+    optimizer.step()
+    assert replica.rounds == 4
+    replica.close()
+    return True
+
+
+def test_a_consensus_ends_a_round_whose_step_was_skipped():
+    """Catches counters that a checkpoint takes one round too early, on the rank that skipped, and micro-batches as rounds."""
+    assert run_ranks(skipped_before_consensus, 2) == [True, True]
+
+
 class _Failing(torch.autograd.Function):
     """An error in backward, where it is asked for."""
 
@@ -310,10 +338,11 @@ def results(rank, world_size):
     replica.consensus()
     replica.pause()
     replica.resume()
-    assert recorder.take() == ["consensus", "pause", "resume"]
-    state = replica.state_dict()
-    # The first backward had no step: the second forward ended its round.
-    assert state == {"rounds": 1, "algorithm": {"factor": 2}}
+    # No backward had a step: the second forward ended the first one's round, and the consensus the second one's.
+    assert recorder.take() == ["before_step", "consensus", "pause", "resume"]
+    assert replica.state_dict() == {"rounds": 2, "algorithm": {"factor": 2}}
+    ddp(data(rank)).sum().backward()
+    recorder.take()
     replica.load_state_dict({"rounds": 41, "algorithm": {"factor": 3}})
     assert (replica.rounds, recorder.factor) == (41, 3)
     # What was loaded stood between two rounds: the one that was open here is no more.

@@ -328,6 +328,27 @@ def test_ranks_average_though_they_wait_for_each_other_at_each_batch() -> None:
         assert left_nothing
 
 
+def _failing_end(rank: int, world_size: int) -> None:
+    strategy, module = _strategy(), Net()
+
+    def fail() -> None:
+        raise ValueError("no state today")
+
+    module.on_train_end = lambda: setattr(strategy._replica.algorithm, "state_dict", fail)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no state today"):
+        fit(strategy, rank, world_size, module)
+    runner = module.trainer_of_fit
+    owners = (runner.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"), (runner._signal_connector, "_sigterm_notifier_fn")
+    assert not [name for owner, name in owners if name in vars(owner)]
+    assert own_threads() == []
+    fit(_strategy(), rank, world_size)
+
+
+def test_an_end_that_fails_leaves_nothing_behind() -> None:
+    """Catches Lightning's loop and handler left replaced, and threads, where the algorithm's state cannot be taken."""
+    run_ranks(_failing_end, 2)
+
+
 class Failing(Net):
     def __init__(self, exception: BaseException, ranks: tuple[int, ...]) -> None:
         super().__init__()

@@ -272,12 +272,14 @@ class AccelMixin(_Base):
 
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends; idempotent, and tolerant of half a set-up."""
-        self._close_replica()
-        if self._sigterm is not None:
-            self._sigterm.end()
-            self._sigterm = None
-        self._restored = None  # by a validation, perhaps: the next fit may be another one
-        super().teardown()
+        try:
+            self._close_replica()
+        finally:
+            if self._sigterm is not None:
+                self._sigterm.end()
+                self._sigterm = None
+            self._restored = None  # by a validation, perhaps: the next fit may be another one
+            super().teardown()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -328,10 +330,11 @@ class AccelMixin(_Base):
         replica, self._replica = self._replica, None
         if replica is not None:
             self._statistics = replica.statistics
-            if self._is_interrupted:
-                self._final_state = None
-            else:
-                state = rank_state.State.of(self._algorithm.name, [replica])
-                own = apply_to_collection(state.own, torch.Tensor, torch.Tensor.cpu)  # until the next fit, perhaps
-                self._final_state = replace(state, own=own)
-            replica.close()
+            self._final_state = None
+            try:
+                if not self._is_interrupted:
+                    state = rank_state.State.of(self._algorithm.name, [replica])
+                    own = apply_to_collection(state.own, torch.Tensor, torch.Tensor.cpu)  # until the next fit, perhaps
+                    self._final_state = replace(state, own=own)
+            finally:
+                replica.close()
