@@ -1,7 +1,9 @@
 """The example under launchers that are not torchrun, with their own daemons, all inside of this machine."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -109,6 +111,19 @@ def slurm(tmp_path):
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for process in steps_left(tmp_path):
+            os.kill(process, signal.SIGKILL)
+
+
+def steps_left(folder):
+    """Processes that slurmd started for a job's step; on a busy machine they outlive it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_step = process.joinpath("cmdline").read_bytes().startswith(b"slurmstepd")
+            if is_step and any(str(link.readlink()).startswith(str(folder)) for link in process.joinpath("fd").iterdir()):
+                found.append(int(process.name))
+    return found
 
 
 def check(done):
