@@ -473,3 +473,26 @@ def roll_back(rank, world_size):
 def test_a_state_that_is_loaded_in_between_counts():
     """Catches an end of warm-up that is counted in rounds since the start."""
     assert run_ranks(roll_back, 2) == [6, 6]
+
+
+def wait_for_nothing(rank, world_size):
+    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
+    trainer.step(gradients(world_size, 0)[rank])
+    trainer.step(gradients(world_size, 1)[rank])
+    read, plain = [], torch.Tensor.__bool__
+    torch.Tensor.__bool__ = lambda tensor: read.append(tensor) or plain(tensor)
+    try:
+        for step in range(3):
+            loss = trainer.ddp(gradients(world_size, step)[rank])
+            trainer.optimizer.zero_grad()  # after the forward, as Lightning does
+            loss.backward()
+            trainer.optimizer.step()
+    finally:
+        torch.Tensor.__bool__ = plain
+    trainer.replica.close()
+    return len(read)
+
+
+def test_a_step_reads_no_value():
+    """Catches a check that makes the training thread wait for the GPU in each step."""
+    assert run_ranks(wait_for_nothing, 2) == [0, 0]

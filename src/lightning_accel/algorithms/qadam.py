@@ -78,8 +78,8 @@ class _QAdam(BoundAlgorithm):
         self._agreed_steps: int | None = None
         self._due_step = 0
         self._last_norm = 0.0
-        self._loads = 0
-        self._left_momentum = False
+        self._indexed = -1, 0
+        self._left_momentum: torch.Tensor | None = None
         self._zeroings_before = 0
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -112,12 +112,11 @@ class _QAdam(BoundAlgorithm):
             raise RuntimeError(
                 "algorithm 'qadam' knows no optimizer: give lightning_accel.QAdam to wrap, or return it from configure_optimizers"
             )
-        # Anew each round: loading a checkpoint replaces the groups.
-        groups = ((optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups)
-        self._owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+        self._index_groups()
         if self._phase is Phase.WARMUP:
             self._end_warmup_if_due()
-        self._left_momentum = self._left_momentum and not self._gradients_are_zero()
+        elif self._left_momentum is not None:
+            self._left_momentum = self._any_gradient()
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         world_size = self.communicator.world_size
@@ -128,9 +127,8 @@ class _QAdam(BoundAlgorithm):
         momentum, parameters = bucket.buffer(), bucket.parameters()
         if bucket.index() == 0:
             self._note_backward()
-        for parameter in parameters:
-            if parameter in self._owners:
-                self._owners[parameter][0].note_folded([parameter])
+        for optimizer in self._optimizers:
+            optimizer.note_folded(parameters)
         if world_size == 1:
             self._fold(momentum, parameters)
             return super().reduce_gradients(bucket, label)
@@ -165,9 +163,6 @@ class _QAdam(BoundAlgorithm):
         warmup_steps = self._optimizers[0].warmup_steps
         interval = self._interval if warmup_steps == "auto" else warmup_steps
         self._due_step = self._due_step or interval
-        loads = sum(optimizer.loads for optimizer in self._optimizers)
-        if loads != self._loads:  # on all ranks alike, as whatever loads a state
-            self._loads, self._agreed_steps = loads, None
         if self._agreed_steps is None or self._agreed_steps >= self._due_step:
             self._agreed_steps = self._agree(min(optimizer.steps for optimizer in self._optimizers))
         if self._agreed_steps >= self._due_step:
@@ -231,17 +226,31 @@ class _QAdam(BoundAlgorithm):
     def _zeroings(self) -> int:
         return sum(optimizer.zeroings for optimizer in self._optimizers)
 
-    def _gradients_are_zero(self) -> bool:
-        """Whether somebody has zeroed them otherwise than by the optimizer. One parameter tells."""
-        gradient = next((parameter.grad for parameter in self._owners if parameter.grad is not None), None)
-        return gradient is None or not gradient.any()
+    def _index_groups(self) -> None:
+        """Anew when a checkpoint was loaded, which replaces the groups, or a group has joined."""
+        loads = sum(optimizer.loads for optimizer in self._optimizers)
+        groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
+        if (loads, len(groups)) != self._indexed:
+            self._owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+            if loads != self._indexed[0]:  # on all ranks alike, as whatever loads a state
+                self._agreed_steps = None
+            self._indexed = loads, len(groups)
+
+    def _any_gradient(self) -> torch.Tensor | None:
+        """Whether `.grad` holds anything but zeros, on its device; None without one. The smallest parameter tells for all."""
+        gradients = [parameter.grad for parameter in self._owners if parameter.grad is not None]
+        return min(gradients, key=torch.Tensor.numel).any() if gradients else None
 
     def _note_backward(self) -> None:
-        """A backward that adds to what the last one left would take momentum for a gradient."""
-        if self._left_momentum and self._zeroings == self._zeroings_before:
+        """A backward that adds to what the last one left would take momentum for a gradient.
+
+        Whether somebody has zeroed it otherwise than by the optimizer is asked before the forward and read here, where the
+        optimizer has not: reading it waits for the GPU.
+        """
+        if self._left_momentum is not None and self._zeroings == self._zeroings_before and bool(self._left_momentum):
             raise RuntimeError(
                 "after QAdam's warm-up .grad holds momentum, and a second backward has added gradients to it: call "
                 "optimizer.zero_grad() before each backward that synchronises (module.zero_grad() is seen before the forward "
                 "only), and accumulate under no_sync()"
             )
-        self._left_momentum, self._zeroings_before = True, self._zeroings
+        self._left_momentum, self._zeroings_before = torch.tensor(True), self._zeroings
