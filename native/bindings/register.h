@@ -6,6 +6,7 @@ namespace accel {
 
 void register_plan(pybind11::module_& module);
 void register_codecs(pybind11::module_& module);
+void register_peers(pybind11::module_& module);
 void register_qadam(pybind11::module_& module);
 void register_weights(pybind11::module_& module);
 void register_build(pybind11::module_& module);

@@ -69,14 +69,18 @@ __device__ __forceinline__ int block_numel(int64_t numel, int64_t block) {
   return left < kBlockNumel ? static_cast<int>(left) : kBlockNumel;
 }
 
-// Calls body(segment, block, numel) for this warp's blocks; `block` counts from the segment's first.
+// Calls body(segment, block, numel) for the plan's i-th block; `block` counts from the segment's first.
+template <class Body>
+__device__ __forceinline__ void with_block(const Blocks& blocks, int64_t i, Body body) {
+  const Segment segment = find_segment(blocks, i);
+  const int64_t block = i - segment.first_block;
+  body(segment, block, block_numel(segment.numel, block));
+}
+
+// ... for this warp's blocks.
 template <class Body>
 __device__ __forceinline__ void for_each_block(const Blocks& blocks, Body body) {
-  for_each_index(blocks.count, [&](int64_t i) {
-    const Segment segment = find_segment(blocks, i);
-    const int64_t block = i - segment.first_block;
-    body(segment, block, block_numel(segment.numel, block));
-  });
+  for_each_index(blocks.count, [&](int64_t i) { with_block(blocks, i, body); });
 }
 
 // Where a block lies in a message, in bytes.

@@ -16,22 +16,28 @@ namespace {
 // At most: several times what fits, so that the last round leaves few multiprocessors idle.
 constexpr int kThreadBlocksPerMultiprocessor = 64;
 
-// Enqueues kernel(arguments...) for so many blocks; nothing for none.
+// Enqueues kernel(arguments...) with so many thread blocks; nothing for none.
 template <class... Parameters, class... Arguments>
-void launch_blocks(void (*kernel)(Parameters...), int64_t num_blocks, void* stream, const Arguments&... arguments) {
-  if (num_blocks == 0) {
+void launch_thread_blocks(void (*kernel)(Parameters...), int64_t thread_blocks, void* stream, const Arguments&... arguments) {
+  if (thread_blocks == 0) {
     return;
   }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(thread_blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  ACCEL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// ... with those for so many blocks of elements.
+template <class... Parameters, class... Arguments>
+void launch_blocks(void (*kernel)(Parameters...), int64_t num_blocks, void* stream, const Arguments&... arguments) {
   int device = 0;
   int multiprocessors = 0;
   ACCEL_CUDA_CHECK(cudaGetDevice(&device));
   ACCEL_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const int64_t wanted = (num_blocks + kWarps - 1) / kWarps;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(wanted, int64_t{multiprocessors} * kThreadBlocksPerMultiprocessor)));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  ACCEL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  launch_thread_blocks(kernel, std::min(wanted, int64_t{multiprocessors} * kThreadBlocksPerMultiprocessor), stream, arguments...);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@ from collections.abc import Sequence
 BLOCK_NUMEL: int
 WIRE_ALIGNMENT: int
 CUDA_ARCHITECTURES: str
+MOST_PEERS: int
+PEER_MESSAGES_OFFSET: int
 
 class Plan:
     def __init__(
@@ -55,6 +57,26 @@ def decode_sum_encode(
     updated: int,
     residual_numel: int,
     segments: int,
+    stream: int,
+) -> None: ...
+def peer_memory_bytes(num_messages: int, stride_bytes: int) -> int: ...
+def peer_all_reduce(
+    everything: Plan,
+    own: Plan,
+    stride_bytes: int,
+    is_whole: bool,
+    everything_segments: int,
+    own_segments: int,
+    tensor: int,
+    numel: int,
+    memory: Sequence[int],
+    memory_bytes: int,
+    rank: int,
+    divisor: float,
+    worker: tuple[int, int, int],
+    server: tuple[int, int, int],
+    failure: int,
+    timeout_seconds: float,
     stream: int,
 ) -> None: ...
 def qadam_fold(

@@ -129,12 +129,16 @@ class Plan:
             operation(self.native, *operands, 0, 0)
             return
         with torch.cuda.device(device):
-            table = self._tables.get(device)
-            if table is None:
-                # Once a plan and device; a plan without segments still needs an address.
-                data = bytearray(self.native.segment_table() or b"\0")
-                table = self._tables[device] = torch.frombuffer(data, dtype=torch.uint8).to(device)
-            operation(self.native, *operands, table.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+            operation(self.native, *operands, self.segments_on(device), torch.cuda.current_stream(device).cuda_stream)
+
+    def segments_on(self, device: torch.device) -> int:
+        """Address of the segment table on a CUDA device, for native operations; it lives as long as the plan."""
+        table = self._tables.get(device)
+        if table is None:
+            # Once a plan and device; a plan without segments still needs an address.
+            data = bytearray(self.native.segment_table() or b"\0")
+            table = self._tables[device] = torch.frombuffer(data, dtype=torch.uint8).to(device)
+        return table.data_ptr()
 
 
 def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor, residuals: Residuals | None = None) -> None:

@@ -181,7 +181,7 @@ class Communicator:
         self.name = name
         self._parent = parent
         self._device = device
-        self._timeout = timeout or _timeout_of(parent, device)
+        self.timeout = timeout or _timeout_of(parent, device)
         self.topology = topology
         self.rank = dist.get_rank(parent)
         self.world_size = dist.get_world_size(parent)
@@ -422,7 +422,7 @@ class Communicator:
         for part in parts if is_world else [own]:
             process_group = dist.new_group(
                 [dist.get_global_rank(self._parent, rank) for rank in part],
-                timeout=self._timeout,
+                timeout=self.timeout,
                 backend=backend,
                 use_local_synchronization=not is_world,
             )
@@ -436,7 +436,7 @@ class Communicator:
 
     @property
     def _limit_seconds(self) -> float:
-        return self._timeout.total_seconds() + _GRACE_SECONDS
+        return self.timeout.total_seconds() + _GRACE_SECONDS
 
     def _close_at_exit(self) -> None:
         if not _at_exit:

@@ -142,7 +142,7 @@ def wrap_models(rank, world_size):
     with accel.wrap(model, optimizer, "bytegrad", codec="none", bucket_cap_mb=1) as ddp:
         assert isinstance(ddp, nn.parallel.DistributedDataParallel)
         assert ddp.module is model
-        assert ddp.replica.communicator._timeout.total_seconds() == 60, "must be the default group's, not torch's half an hour"
+        assert ddp.replica.communicator.timeout.total_seconds() == 60, "must be the default group's, not torch's half an hour"
         before = [parameter.detach().clone() for parameter in model.parameters()]
         with ddp.no_sync():
             ddp(data_of(rank)).sum().backward()

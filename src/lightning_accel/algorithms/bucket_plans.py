@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from lightning_accel import environment
 from lightning_accel.algorithms.base import Context, GradBucket
 from lightning_accel.codecs import DTYPES
 from lightning_accel.collectives import (
@@ -21,6 +23,7 @@ from lightning_accel.collectives import (
 from lightning_accel.communicator import LaneGroups
 from lightning_accel.error_feedback import ErrorFeedback
 from lightning_accel.layout import Layout
+from lightning_accel.peer_memory import PeerMemory, open_peer_memory
 
 Steps = list[Callable[[], None]]
 
@@ -78,6 +81,10 @@ class BucketPlans:
             self._coded = self._layout.share(self._lanes[0].node.rank, coders.world_size)
         self._coders = coders
         self._device = context.parameters.tensors[0].device
+        self._peers: PeerMemory | None = None
+        if environment.wants_peer_memory() and not hierarchical and world_size > 1:
+            self._peers = self._open_peer_memory()
+            self._lanes = self._lanes[:1] if self._peers is not None else self._lanes
         self._feedback: ErrorFeedback | None = None
         if error_feedback:
             self.keep_residuals()
@@ -127,6 +134,16 @@ class BucketPlans:
             places = sorted(self._places[one] for one in stepped & self._places.keys())
             self._feedback.commit([ranges for place in places for ranges in self._residual_ranges(place)])
 
+    def _open_peer_memory(self) -> PeerMemory | None:
+        group, communicator = self._lanes[0].group, self._communicator
+        dtypes = {tensor.dtype for tensor in self._parameters if tensor.requires_grad}
+        plans = []
+        for dtype in sorted(dtypes, key=str):  # as large as a bucket can get: DDP's first one may hold all of a dtype
+            places = [(place, 0) for place, p in enumerate(self._parameters) if p.requires_grad and p.dtype == dtype]
+            plans.append(TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank))
+        is_one_node = len(communicator.topology.nodes) == 1
+        return open_peer_memory(group, plans, self._device, communicator.timeout, is_one_node=is_one_node)
+
     def _residual_ranges(self, parameter: int) -> Iterator[tuple[str, int, int]]:
         """Where a parameter's residuals are: the kind, the first one, how many."""
         coders = self._coders
@@ -160,6 +177,9 @@ class BucketPlans:
     def _steps(self, gradients: torch.Tensor, bucket: _Bucket, divisor: int) -> Steps:
         plan, first, second = bucket.plan, *self._lanes[:2]
         feedback = self._feedback.take() if self._feedback is not None else None
+        if self._peers is not None:
+            assert isinstance(plan, TwoShotPlan)
+            return [partial(self._peers.all_reduce, gradients, plan, divisor=divisor, feedback=feedback)]
         if isinstance(plan, TwoShotPlan):
             groups = first.group, first.group if plan.is_whole else second.group
             return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor, feedback=feedback)

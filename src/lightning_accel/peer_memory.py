@@ -1,0 +1,163 @@
+"""A two-shot all_reduce as one kernel, over memory that the ranks of a node map into each other's address space.
+
+`compressed_all_reduce` without messages: ranks write codes where the others read them, over NVLink or PCIe, and tell one another
+by flags in that memory how far they are (native/include/lightning_accel/peer_all_reduce.h has the steps). The bits are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from lightning_accel import _native
+from lightning_accel.codecs import Residuals
+from lightning_accel.collectives import Feedback, Group, TwoShotPlan
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+_log = logging.getLogger(__name__)
+
+CODECS = ("int8", "none")
+"""Codecs that the kernel is made for."""
+
+
+class PeerMemory:
+    """Memory of every rank in a group that all of them read. Made by `open_peer_memory`.
+
+    One all_reduce at a time uses it: they run in one order, in one stream.
+
+    Args:
+        group: ranks on one node, at most `_native.MOST_PEERS`.
+        memory: this rank's, uint8, all flags down.
+        mapping: torch's: it keeps the others' memory here.
+        timeout: how long a rank waits for the others in an all_reduce.
+    """
+
+    def __init__(self, group: Group, memory: torch.Tensor, mapping: _SymmetricMemory, timeout: timedelta) -> None:
+        self._group = group
+        self._memory = memory
+        self._mapping = mapping
+        self._addresses = list(mapping.buffer_ptrs)
+        self._timeout = timeout
+        # The kernel writes here, and the host looks without waiting for the GPU.
+        self._failure = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+
+    def all_reduce(self, tensor: torch.Tensor, plan: TwoShotPlan, *, divisor: float, feedback: Feedback | None = None) -> None:
+        """As `compressed_all_reduce`, enqueued on the current stream of the tensor's device. Collective.
+
+        If a rank does not come in time, `tensor` becomes NaN, then and ever after, and later calls raise.
+
+        Raises:
+            TimeoutError: if an earlier all_reduce has failed by now.
+        """
+        self.check()
+        device = tensor.device
+        with torch.cuda.device(device):
+            _native.peer_all_reduce(
+                plan.everything.native,
+                plan.own.native,
+                plan.stride_bytes,
+                plan.is_whole,
+                plan.everything.segments_on(device),
+                plan.own.segments_on(device),
+                tensor.data_ptr(),
+                tensor.numel(),
+                self._addresses,
+                self._memory.numel(),
+                self._group.rank,
+                divisor,
+                _addresses_of(feedback.worker if feedback is not None else None),
+                _addresses_of(feedback.server if feedback is not None else None),
+                self._failure.data_ptr(),
+                self._timeout.total_seconds(),
+                torch.cuda.current_stream(device).cuda_stream,
+            )
+        # What the others have read of this rank's memory.
+        self._group.sent_bytes += (1 if plan.is_whole else 2) * (self._group.world_size - 1) * plan.stride_bytes
+
+    def check(self) -> None:
+        """Raises TimeoutError if a rank did not come to an all_reduce; does not wait for the GPU."""
+        if missing := int(self._failure[0]):
+            raise TimeoutError(
+                f"rank {missing - 1} of {self._group.world_size} did not come to an all_reduce within "
+                f"{self._timeout.total_seconds():.0f} s"
+            )
+
+
+def open_peer_memory(
+    group: Group, plans: Iterable[TwoShotPlan], device: torch.device, timeout: timedelta, *, is_one_node: bool
+) -> PeerMemory | None:
+    """Makes memory for the largest of some all_reduces, or says once why there can be none. Collective.
+
+    Args:
+        group: the ranks.
+        plans: of the largest tensors, of one codec.
+        device: of the tensors.
+        timeout: how long a rank waits for the others in an all_reduce.
+        is_one_node: whether all ranks are on one.
+    """
+    plans = list(plans)
+    num_bytes = max(_native.peer_memory_bytes(1 if p.is_whole else group.world_size, p.stride_bytes) for p in plans)
+    process_group = group.process_group
+    assert process_group is not None
+    devices: list[int | None] = [None] * group.world_size
+    dist.all_gather_object(devices, device.index, group=process_group)
+    reason = _agree(_obstacle(group, plans[0].everything.codec, device, devices, is_one_node=is_one_node), process_group)
+    made = None
+    if reason is None:
+        try:
+            made = PeerMemory(group, *_map(num_bytes, device, process_group), timeout)
+        except RuntimeError as error:  # as torch says it: ranks see one GPU under several numbers, a driver that is too old ...
+            reason = str(error).splitlines()[0]
+        reason = _agree(reason, process_group)
+    if reason is not None:
+        if group.rank == 0:
+            _log.warning("no memory is shared between GPUs, so codes travel as messages: %s", reason)
+        return None
+    return made
+
+
+def _obstacle(group: Group, codec: str, device: torch.device, devices: list[int | None], *, is_one_node: bool) -> str | None:
+    if device.type != "cuda" or not _native.CUDA_ARCHITECTURES:
+        return "the tensors are not on a GPU, or this build has no CUDA kernels"
+    if not is_one_node:
+        return "ranks are on several nodes"
+    if group.world_size > _native.MOST_PEERS:
+        return f"there are {group.world_size} ranks, more than {_native.MOST_PEERS}"
+    if codec not in CODECS:
+        return f"the codec is {codec}, not {' or '.join(CODECS)}"
+    for rank, other in enumerate(devices):
+        if other not in (None, device.index) and not torch.cuda.can_device_access_peer(device, other):
+            return f"rank {group.rank}'s GPU cannot read rank {rank}'s memory"
+    return None
+
+
+def _map(num_bytes: int, device: torch.device, process_group: dist.ProcessGroup) -> tuple[torch.Tensor, _SymmetricMemory]:
+    """This rank's memory, with all flags down, and every rank's as it is mapped here. Collective."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+    from torch.distributed._symmetric_memory import rendezvous
+
+    # An allocation of its own: torch's `empty` for shared memory may take a part of another one.
+    memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+    memory[: _native.PEER_MESSAGES_OFFSET].zero_()
+    torch.cuda.synchronize(device)
+    return memory, rendezvous(memory, process_group.group_name)
+
+
+def _agree(reason: str | None, process_group: dist.ProcessGroup) -> str | None:
+    """The first rank's reason that has one. Collective; when it returns all ranks have come to it."""
+    reasons: list[str | None] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(reasons, reason, group=process_group)
+    return next((one for one in reasons if one is not None), None)
+
+
+def _addresses_of(residuals: Residuals | None) -> tuple[int, int, int]:
+    if residuals is None:
+        return 0, 0, 0
+    return residuals.old.data_ptr(), residuals.updated.data_ptr(), residuals.old.numel()

@@ -1,0 +1,120 @@
+"""All_reduces over shared memory, as far as they need no GPU: what is refused, and that ranks without one use messages.
+
+native/tests/test_peers_emulated.cpp has what the kernel computes, tests/cuda/test_peer_memory_cuda.py the whole.
+"""
+
+import logging
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lightning_accel as accel
+from helpers.ranks import run_ranks
+from lightning_accel import _native, codecs
+
+PLAN = codecs.Plan("int8", torch.float32, [0], [1000])
+ROOM = _native.peer_memory_bytes(2, PLAN.wire_bytes)
+
+
+def arguments(**changed):
+    given = {
+        "everything": PLAN.native,
+        "own": PLAN.native,
+        "stride_bytes": PLAN.wire_bytes,
+        "is_whole": False,
+        "everything_segments": 16,
+        "own_segments": 16,
+        "tensor": 16,
+        "numel": 1000,
+        "memory": [16, 32],
+        "memory_bytes": ROOM,
+        "rank": 1,
+        "divisor": 2.0,
+        "worker": (0, 0, 0),
+        "server": (0, 0, 0),
+        "failure": 16,
+        "timeout_seconds": 1.0,
+        "stream": 0,
+    }
+    return given | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"memory": []}, "1 to 16 peers"),
+        ({"memory": [16] * 17}, "1 to 16 peers"),
+        ({"rank": 2}, "rank 2 of 2"),
+        ({"memory": [16, 40]}, "rank 1's memory must lie at a multiple of 16"),
+        ({"memory": [0, 16]}, "rank 0's memory must lie"),
+        ({"own": codecs.Plan("none", torch.float32, [0], [1]).native}, "one codec and dtype"),
+        ({"stride_bytes": PLAN.wire_bytes - 16}, "do not hold"),
+        ({"stride_bytes": PLAN.wire_bytes + 8}, "do not hold"),
+        ({"memory_bytes": ROOM - 1}, f"at least {ROOM} bytes, got {ROOM - 1}"),
+        ({"numel": 999}, "at least 1000 elements, got 999"),
+        ({"tensor": 0}, "at least 1000 elements"),
+        ({"worker": (16, 0, 1000)}, "need both memories"),
+        ({"worker": (16, 16, 999), "server": (16, 16, 1000)}, "worker's residuals of at least 1000 elements, got 999"),
+        ({"server": (16, 16, 1000)}, "both sides keep residuals"),
+        ({"failure": 0}, "place for failures"),
+        ({"timeout_seconds": 0.0}, "time to come"),
+    ],
+)
+def test_what_would_corrupt_memory_is_refused(changed, message):
+    """Catches a kernel that writes beyond a buffer of another size, in this process or in a peer."""
+    with pytest.raises(ValueError, match=message):
+        _native.peer_all_reduce(**arguments(**changed))
+
+
+@pytest.mark.skipif(_native.CUDA_ARCHITECTURES != "", reason="this build has CUDA kernels: the addresses would be used")
+def test_a_build_without_cuda_says_so():
+    """Catches checks that refuse what is right."""
+    with pytest.raises(ValueError, match="no CUDA kernels"):
+        _native.peer_all_reduce(**arguments())
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def train(rank, n):
+    """Three steps, with shared memory asked for; weights, and what was said."""
+    heard = Messages()
+    logging.getLogger("lightning_accel").addHandler(heard)
+    weights = []
+    for variable in (None, "1"):
+        if variable:
+            os.environ["LIGHTNING_ACCEL_PEER_MEMORY"] = variable
+        try:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(600, 3)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with accel.wrap(model, optimizer, "bytegrad") as ddp:
+                for step in range(3):
+                    optimizer.zero_grad()
+                    ddp(torch.randn(4, 600, generator=torch.Generator().manual_seed(100 * rank + step))).sum().backward()
+                    optimizer.step()
+        finally:
+            os.environ.pop("LIGHTNING_ACCEL_PEER_MEMORY", None)
+        weights.append(model.weight.detach().clone())
+        dist.barrier()
+    return [torch.equal(*weights), heard.messages]
+
+
+def test_ranks_without_a_gpu_use_messages_and_say_so_once():
+    """Catches a fallback that is silent, said by each rank, or not agreed on."""
+    (same, said), (same_there, said_there) = run_ranks(train, 2)
+    assert same
+    assert same_there
+    assert [message for message in said if "no memory is shared" in message] == [
+        "no memory is shared between GPUs, so codes travel as messages: the tensors are not on a GPU, or this build has no CUDA "
+        "kernels"
+    ]
+    assert not [message for message in said_there if "no memory is shared" in message]
