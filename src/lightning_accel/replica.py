@@ -57,6 +57,8 @@ class Replica:
         self.algorithm: BoundAlgorithm = algorithm.bind(Context(ddp, parameters, self.communicator))
         self.rounds = 0
         """Rounds finished so far."""
+        named = zip(parameters.names, parameters.tensors, strict=True)
+        self._frozen = {name: p for name, p in named if not p.requires_grad and name not in ddp.parameters_to_ignore}
         self._in_round = False
         self._has_reduced = False
         self._backward_is_armed = False
@@ -100,13 +102,18 @@ class Replica:
         return self.communicator.statistics
 
     def before_step(self) -> None:
-        """Ends the round: gradients are complete, the optimizer has not stepped yet. Nothing outside of a round."""
+        """Ends the round: gradients are complete, the optimizer has not stepped yet. Nothing outside of a round.
+
+        Raises:
+            RuntimeError: if a weight that was frozen at first has a gradient now; the optimizer has changed none yet.
+        """
         self._may_differ = self.algorithm.ranks_differ
         if not self._in_round:
             return
         self._in_round = False
         self._has_reduced = False
         self.rounds += 1
+        self._check_frozen()
         self.algorithm.before_step()
 
     def consensus(self) -> None:
@@ -185,6 +192,16 @@ class Replica:
         # The strategy knows better when a round ends: under it, and manual optimisation, this may be one more micro-batch.
         if self._steps_end_rounds and self._in_round and self._has_reduced:
             self.before_step()
+
+    def _check_frozen(self) -> None:
+        """DDP and algorithms know the weights that needed a gradient at first: the gradient of another stays each rank's own."""
+        unfrozen = [name for name, parameter in self._frozen.items() if parameter.requires_grad and parameter.grad is not None]
+        if unfrozen and self.communicator.world_size > 1:
+            raise RuntimeError(
+                f"{self.communicator.name}: {unfrozen[0]!r} (one of {len(unfrozen)}) was frozen when the model was wrapped, and "
+                "has a gradient now, which no other rank gets. Unwrap the model and wrap it anew, or call fit again, once it is "
+                "unfrozen"
+            )
 
     def _divert_all_reduce(self, ddp: DistributedDataParallel) -> None:
         if ddp._comm_hooks:

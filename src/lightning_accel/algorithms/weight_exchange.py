@@ -39,9 +39,8 @@ class WeightExchange(BoundAlgorithm):
         ddp, communicator = context.ddp, self.communicator
         named = zip(context.parameters.names, context.parameters.tensors, strict=True)
         own = {name: p for name, p in named if name not in ddp.parameters_to_ignore}
-        # Frozen weights are equal everywhere, as long as they are frozen.
+        # Frozen weights are equal everywhere, as long as they are frozen: the replica sees to that.
         trainable = {name: p for name, p in own.items() if p.requires_grad}
-        self._frozen = {name: p for name, p in own.items() if not p.requires_grad}
         for name, tensor in trainable.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"weights must be {', '.join(str(d) for d in DTYPES)}: parameter {name!r} is {tensor.dtype}")
@@ -74,23 +73,9 @@ class WeightExchange(BoundAlgorithm):
                 )
 
     def before_step(self) -> None:
-        """Counts a round.
-
-        Raises:
-            RuntimeError: if a weight that was frozen at first needs a gradient now; the optimizer has changed none yet.
-        """
-        self.check_frozen()
+        """Counts a round."""
         self.rounds += 1
         self.communicator.count_full_precision(self._trainable)
-
-    def check_frozen(self) -> None:
-        """Raises RuntimeError if a weight that was frozen when this was made would be trained: on each rank to another value."""
-        if unfrozen := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
-            raise RuntimeError(
-                f"{self.communicator.name} exchanges the weights that need a gradient when the model is wrapped: {unfrozen[0]!r} "
-                f"({len(unfrozen)} of {len(self._frozen)} that did not) needs one now. Unwrap the model and wrap it anew, or "
-                "call fit again, once they are unfrozen"
-            )
 
     def start_exchange(self) -> None:
         """Copies the weights to the buffers and starts to exchange them; nothing on a single process."""
