@@ -4,20 +4,27 @@ NCCL wants a GPU for each rank, so gloo carries what is sent, through pinned mem
 tests/distributed, with models on the GPU.
 """
 
+import contextlib
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.ranks import _load
 from helpers.sequences import failures_of
 from lightning_accel import Decentralized, LowPrecisionDecentralized
+from lightning_accel.communicator import Communicator
+from lightning_accel.topology import discover
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
     pytest.mark.timeout(300),  # all checks at once
 ]
+
+TIMEOUT = timedelta(seconds=30)
 
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 
@@ -42,6 +49,20 @@ def check_async(rank, world_size, device):
     assert spread == [0.0] * 4
 
 
+def read_on_another_stream(rank, world_size, device):
+    """Catches a result that is delivered while gloo still copies it to the GPU: no other stream than one waits for that."""
+    communicator = Communicator("test", None, torch.device(device), TIMEOUT, discover(dist.group.WORLD))
+    lane = communicator.open_lane("all")
+    tensors = [torch.full((2_000_000,), rank + k, device=device) for k in range(10)]
+    futures = [communicator.all_reduce(f"bucket {k}", tensor, lane) for k, tensor in enumerate(tensors)]
+    communicator.wait()
+    with torch.cuda.stream(torch.cuda.Stream(priority=-1)) if device != "cpu" else contextlib.nullcontext():
+        for k, (future, tensor) in enumerate(zip(futures, tensors, strict=True)):
+            future.wait()
+            assert (tensor == sum(range(world_size)) + k * world_size).all(), k
+    communicator.close()
+
+
 def coded(codec):
     options = [{"bucket_cap_mb": 1}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}]
     return lambda rank, n, device: bytegrad.check(rank, n, (codec,), True, options, device)
@@ -60,6 +81,7 @@ def exchanging(check, *cases):
 
 
 CHECKS = {
+    "gloo": read_on_another_stream,
     "gradient_allreduce: DDP": gradient_allreduce.compare_gradients,
     "gradient_allreduce: the mean": gradient_allreduce.compare_specification,
     "gradient_allreduce by nodes": lambda rank, n, device: gradient_allreduce.check_nodes(rank, n, pairs(n), device),
