@@ -484,6 +484,29 @@ def test_a_state_that_is_loaded_in_between_counts():
     assert run_ranks(roll_back, 2) == [6, 6]
 
 
+def load_other_format(rank, world_size):
+    saved = None
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizer = QAdam(model.parameters(), warmup_steps=1)
+        with wrap(model, optimizer, "qadam") as ddp:
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            for _ in range(3):
+                loss = ddp(torch.ones(2, 3, 5, 5)).sum()
+                if saved is not None:
+                    assert optimizer.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+
+
+def test_a_momentum_in_another_memory_format_is_laid_anew_before_backward():
+    """Catches one that is laid anew in the background: on a GPU the memory it leaves would be used again while it is copied."""
+    run_ranks(load_other_format, 1)
+
+
 def wait_for_nothing(rank, world_size):
     trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
     trainer.step(gradients(world_size, 0)[rank])
