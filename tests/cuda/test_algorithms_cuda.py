@@ -109,22 +109,13 @@ def run(rank, world_size, names, begin, device):
         CHECKS[name](rank, world_size, device)
 
 
-@pytest.fixture(scope="module")
-def failures():
-    """Of a number of ranks: what failed. They are started once."""
-    known = {}
-
-    def of(world_size):
-        if world_size not in known:
-            known[world_size] = failures_of(run, CHECKS, world_size, "cuda", timeout=120)
-        return known[world_size]
-
-    return of
+@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+def failures(request):
+    return failures_of(run, CHECKS, request.param, "cuda", timeout=140)
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_rank_equals_the_reference(failures, world_size, name):
+def test_every_rank_equals_the_reference(failures, name):
     """Catches a host buffer that is read or written while the GPU still copies, copies that go the wrong way, a lane whose
     stream does not wait for backward or that backward does not wait for, and kernels that round otherwise than the CPU's."""
-    assert failures(world_size).get(name) is None, failures(world_size)[name]
+    assert failures.get(name) is None, failures[name]

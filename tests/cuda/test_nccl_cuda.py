@@ -21,8 +21,16 @@ from helpers.models import GivenGradients, assert_gradients, few_kinds
 from helpers.ranks import _load, own_threads, run_ranks
 from helpers.sequences import failures_of
 from helpers.tensors import CODECS, DTYPES, assert_same_bits, awkward, normal
-from lightning_accel import ByteGrad, GradientAllReduce, QAdam, QAdamAlgorithm, Replica, codecs
-from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce_steps, pieces_of
+from lightning_accel import AsyncAverage, ByteGrad, Decentralized, GradientAllReduce, QAdam, QAdamAlgorithm, Replica, codecs
+from lightning_accel.collectives import (
+    Feedback,
+    Group,
+    Scratch,
+    TwoShotPlan,
+    backend_of,
+    compressed_all_reduce_steps,
+    pieces_of,
+)
 from lightning_accel.communicator import Communicator
 from lightning_accel.layout import Layout
 from lightning_accel.optim import Phase
@@ -246,7 +254,7 @@ def refusing_to_wait(device):
 
 
 class Training:
-    """Steps of a perceptron by an algorithm that is told of a second rank, so that it has somebody to send to."""
+    """Steps of a perceptron by an algorithm that is told of a second rank, so that it has somebody to send to; None is DDP's."""
 
     def __init__(self, algorithm, device, width=300, depth=3, batch=32, bucket_cap_mb=0.1):
         torch.manual_seed(0)
@@ -255,8 +263,9 @@ class Training:
         make = QAdam if isinstance(algorithm, QAdamAlgorithm) else torch.optim.SGD
         options = {"warmup_steps": WARMUP_STEPS} if make is QAdam else {}
         self.optimizer = make(self.ddp.parameters(), lr=1e-3, **options)
-        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT)
-        self.replica.communicator.world_size = 2
+        if algorithm is not None:
+            self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT)
+            self.replica.communicator.world_size = 2
         self.inputs = torch.randn(batch, width, device=device)
 
     def forward(self):
@@ -312,6 +321,32 @@ def buckets(rank, world_size, device):
             ddp(given).backward()
             assert_gradients(ddp.module, [specified([gradient], codec, 1) for gradient in given], f"{codec}, step {step}")
         replica.close()
+
+
+def weights(rank, world_size, device):
+    """Catches weights that a lane takes before the optimizer has stepped, or that come back after backward has begun to need
+    them: an exchange among the one rank there is changes nothing."""
+    training, alone = Training(Decentralized(), device), Training(None, device)
+    for step in range(6):
+        training.steps(1)
+        alone.steps(1)
+        if step == 3:
+            training.replica.consensus()
+        for k, (ours, theirs) in enumerate(zip(training.ddp.parameters(), alone.ddp.parameters(), strict=True)):
+            assert_same_bits(ours, theirs, f"step {step}, parameter {k}")
+    assert training.replica.statistics.communication_seconds > 0, "bypassed"
+    training.replica.close()
+
+
+def async_buffers(rank, world_size, device):
+    """Catches averaging by NCCL, whose kernels a thread of its own would enqueue between training's in any order, and memory
+    that is not pinned, from which copies wait."""
+    training = Training(AsyncAverage(), device)
+    algorithm = training.replica.algorithm
+    assert backend_of(algorithm._meetings.group.process_group, torch.device("cpu")) == "gloo"
+    if device != "cpu":
+        assert all(tensor.is_pinned() for tensor in (*algorithm._contributions, *algorithm._corrections))
+    training.replica.close()
 
 
 def traced(work, device):
@@ -376,7 +411,12 @@ def check_host(events):
     assert not waited
 
 
-CHECKS = {check.__name__: check for check in (two_shot, lanes, order_of_streams, lifetimes, buckets, no_host_waits, overlap)}
+CHECKS = {
+    check.__name__: check
+    for check in (
+        two_shot, lanes, order_of_streams, lifetimes, buckets, weights, async_buffers, no_host_waits, overlap,
+    )
+}  # fmt: skip
 
 
 def run(rank, world_size, names, begin, device):
