@@ -51,9 +51,9 @@ def check_async(rank, world_size, device):
 
 def read_on_another_stream(rank, world_size, device):
     """Catches a result that is delivered while gloo still copies it to the GPU: no other stream than one waits for that."""
-    communicator = Communicator("test", None, torch.device(device), TIMEOUT, discover(dist.group.WORLD))
-    lane = communicator.open_lane("all")
     tensors = [torch.full((2_000_000,), rank + k, device=device) for k in range(10)]
+    communicator = Communicator("test", None, tensors[0].device, TIMEOUT, discover(dist.group.WORLD))
+    lane = communicator.open_lane("all")
     futures = [communicator.all_reduce(f"bucket {k}", tensor, lane) for k, tensor in enumerate(tensors)]
     communicator.wait()
     with torch.cuda.stream(torch.cuda.Stream(priority=-1)) if device != "cpu" else contextlib.nullcontext():

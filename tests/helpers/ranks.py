@@ -24,6 +24,9 @@ from typing import Any
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.optim", "pytest", "lightning_accel"]
 
+OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING"}
+"""What pytest, Lightning and torch set in the environment."""
+
 GRACE_SECONDS = 5.0
 """How long the other ranks may go on once one has failed, so that their errors are heard too."""
 
@@ -142,15 +145,19 @@ def _run(rank: int, world_size: int, store: str, job: bytes) -> Any:
         backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     torch.manual_seed(1 + rank)
-    environment = dict(os.environ)
+    environment = _own_variables()
     value = fn(rank, world_size, *pickle.loads(args))
     deadline = time.monotonic() + GRACE_SECONDS
     while (left := own_threads()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, f"left threads: {left}; close() the replica"
-    assert dict(os.environ) == environment, "changed environment variables"
+    assert _own_variables() == environment, "changed environment variables"
     dist.destroy_process_group()
     return value
+
+
+def _own_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OTHERS_VARIABLES}
 
 
 def _load(name: str, file: str) -> Any:
