@@ -163,11 +163,13 @@ def failures_of_one():
 
 @pytest.mark.parametrize("name", SHARING)
 def test_two_processes_share_a_gpu(failures_of_two, name):
+    """What it catches, `two_share_a_gpu` says."""
     assert failures_of_two.get(name) is None, failures_of_two[name]
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process_on_nccl(failures_of_one, name):
+    """What it catches, `one_on_nccl` says."""
     assert failures_of_one.get(name) is None, failures_of_one[name]
 
 
