@@ -18,7 +18,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
 NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name CMakeLists.txt \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format native cuda bench docs cuda-check clean
+.PHONY: help demo test lint format native cuda bench docs cuda-check cuda-site cuda-tests cuda-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,11 +93,40 @@ docs: $(STAMP)  ## docs/ as pages, in build/docs; a broken link stops it
 
 # Without a package index, in the Python that is there: it must have torch, lightning, pytest, scikit-build-core, pybind11, CMake
 # and nvcc. What is installed lies in build/cuda-check alone.
-cuda-check:  ## on a machine with a GPU: builds for it, tests the kernels, measures them (no package index needed)
+cuda-check: cuda-tests cuda-sanitize  ## on a machine with a GPU: builds for it, tests (kernels under compute-sanitizer too), measures
+	$(CHECKED) benchmarks/bench_codecs_cuda.py
+
+CHECKED := PYTHONPATH=$(CURDIR)/build/cuda-check/site $(PYTHON)
+
+cuda-site:
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make cuda-check needs a GPU that torch can use"'
 	$(call install-into,build/cuda-check,$(PYTHON),native)
-	PYTHONPATH=$(CURDIR)/build/cuda-check/site $(PYTHON) -m pytest tests/cuda $(ARGS)
-	PYTHONPATH=$(CURDIR)/build/cuda-check/site $(PYTHON) benchmarks/bench_codecs_cuda.py
+
+cuda-tests: cuda-site
+	$(CHECKED) -m pytest tests/cuda $(ARGS)
+
+# Each kernel in each codec and type, at ragged sizes. Without torch's cache each tensor is an allocation of its own, so that
+# nothing beside it is its neighbour's memory.
+SANITIZED := (test_sizes and 1023) or (test_many_segments and 33) or (test_mean_of_rows and 257) or \
+  (test_ring_difference and 257) or test_passes
+SANITIZER := $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+
+ifdef SANITIZER
+cuda-sanitize: cuda-site
+	if $(SANITIZER) $(PYTHON) -c 'import torch; torch.zeros(1, device="cuda")'; then \
+	  $(call sanitize,memcheck --report-api-errors no) && $(call sanitize,racecheck); \
+	else echo "make cuda-check: $(SANITIZER) does not run on this GPU, so memory and races are not checked"; fi
+else
+cuda-sanitize:
+	@echo "make cuda-check: no compute-sanitizer on PATH or in /usr/local/cuda/bin, so memory and races are not checked"
+endif
+
+# The tests chosen, under the tool $(1).
+define sanitize
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/build/cuda-check/site \
+  $(SANITIZER) --tool $(1) --kernel-name kns=accel --error-exitcode 9 $(PYTHON) -m pytest -q -k '$(SANITIZED)' \
+  tests/cuda/test_codecs_cuda.py tests/cuda/test_qadam_cuda.py tests/cuda/test_weights_cuda.py
+endef
 
 clean:  ## removes what was built and the environment
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

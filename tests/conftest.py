@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.ranks import OTHERS_VARIABLES
+
 PATIENCE_SECONDS = 2.0
 """How long what was ended may take to disappear."""
 
@@ -21,9 +23,6 @@ torch.set_num_threads(1)  # small tensors, and cores to share
 
 POOLS = ("pydevd", "ThreadPoolExecutor", "asyncio", "QueueFeederThread")
 """Beginnings of the names of threads that libraries keep for good."""
-
-OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"}
-"""What pytest, Lightning and torch set."""
 
 
 @pytest.fixture(autouse=True)

@@ -262,10 +262,17 @@ class Communicator:
     def all_reduce(self, label: str, tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[torch.Tensor]:
         """Sums `tensor` over all ranks in the background, by the backend's own all_reduce: no thread of ours between.
 
-        Arguments and failures as in `submit`.
+        But where gloo carries CUDA tensors the lane's thread waits for it: gloo's future completes while the sum is still being
+        copied to the GPU, and does not say which stream waits for the copy. Arguments and failures as in `submit`.
         """
-        self._full_precision_bytes += self._ring_bytes(tensor)
         lane.group.sent_bytes += self._ring_bytes(tensor)
+        if tensor.is_cuda and self._uses_threads:
+
+            def reduce() -> None:
+                _start_all_reduce(tensor, lane).wait()  # lets the lane's stream wait for the copy
+
+            return self.submit(label, tensor, (lane, reduce))
+        self._full_precision_bytes += self._ring_bytes(tensor)
         task = _Task(label, tensor)
         if not self._begin(task):
             return task.deliver()
@@ -280,7 +287,7 @@ class Communicator:
             self._finish(task)
 
         try:
-            _start_all_reduce(tensor, lane).add_done_callback(finish)
+            _start_all_reduce(tensor, lane).get_future().add_done_callback(finish)
         except Exception as error:
             self._fail(error, label)
         return task.future
@@ -326,7 +333,7 @@ class Communicator:
         """Sums `tensor`, on the CPU, over all ranks, and returns when it is done; for procedures that `run` has started."""
         lane.group.sent_bytes += self._ring_bytes(tensor)
         started = time.perf_counter()
-        _start_all_reduce(tensor, lane).wait()
+        _start_all_reduce(tensor, lane).get_future().wait()
         self.count_seconds(started)
 
     def count_seconds(self, started: float) -> None:
@@ -553,13 +560,12 @@ def _end_threads(lanes: list[Lane]) -> None:
         lane.end()
 
 
-def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[list[torch.Tensor]]:
+def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> dist.Work:
     process_group = lane.group.process_group
     assert process_group is not None, "the group was closed"  # None would be torch's default group
-    work = dist.all_reduce(tensor, group=process_group, async_op=True)
+    work: dist.Work | None = dist.all_reduce(tensor, group=process_group, async_op=True)
     assert work is not None
-    future: torch.futures.Future[list[torch.Tensor]] = work.get_future()
-    return future
+    return work
 
 
 @contextlib.contextmanager

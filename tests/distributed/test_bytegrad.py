@@ -26,13 +26,13 @@ def backward(ddp: DistributedDataParallel, gradients: list) -> None:
     ddp(gradients).backward()
 
 
-def check(rank, world_size, codecs, average, options):
+def check(rank, world_size, codecs, average, options, device="cpu"):
     of_ranks = [[all_kinds(r, step) for r in range(world_size)] for step in range(2)]
     for codec in codecs:
         expected = [bytegrad(of_step, codec, average=average) for of_step in of_ranks]
         for ddp_options in options:
             algorithm = ByteGrad(codec, error_feedback=False, average=average)
-            ddp, replica = attach(GivenGradients(of_ranks[0][rank]), algorithm, **ddp_options)
+            ddp, replica = attach(GivenGradients(of_ranks[0][rank]).to(device), algorithm, **ddp_options)
             # DDP rebuilds its buckets after the first backward: the same gradients come before and after that.
             for count, step in enumerate((0, 1, 0)):
                 backward(ddp, of_ranks[step][rank])

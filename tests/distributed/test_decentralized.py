@@ -46,10 +46,11 @@ def reference_round(simulation, round_, options, micro_batches=1, nodes=None):
     simulation.step()
 
 
-def check(rank, world_size, cases):
+def check(rank, world_size, cases, device="cpu"):
     for options, micro_batches, nodes, ddp_options in cases:
         what = f"{options}, {micro_batches} micro-batches, nodes {nodes}"
-        simulation, training = Simulation(world_size), Training(options, rank, nodes, **ddp_options)
+        simulation = Simulation(world_size, device=device)
+        training = Training(options, rank, nodes, device=device, **ddp_options)
         groups = nodes if options.hierarchical else None
         for round_ in range(ROUNDS):
             reference_round(simulation, round_, options, micro_batches, groups)
@@ -71,7 +72,7 @@ def check_consensus(training, simulation, nodes, what):
     for rank, model in enumerate(simulation.models):
         model.counts.fill_(rank == 0)
     training.ddp.module.counts.fill_(training.rank == 0)
-    expected = consensus([list(model.state_dict().values()) for model in simulation.models], nodes)
+    expected = consensus([[tensor.cpu() for tensor in model.state_dict().values()] for model in simulation.models], nodes)
     for times in range(2):
         training.replica.consensus()
         for name, wanted in zip(simulation.models[0].state_dict(), expected, strict=True):

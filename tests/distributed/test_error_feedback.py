@@ -19,8 +19,8 @@ CODECS = ("int4", "sign", "int8", "minmax_uint8", "bf16")
 class Trainer:
     """One rank's model, with an optimizer that steps when told to."""
 
-    def __init__(self, gradients, algorithm, node_name="a", **options) -> None:
-        self.ddp = DistributedDataParallel(GivenGradients(gradients), **options)
+    def __init__(self, gradients, algorithm, node_name="a", device="cpu", **options) -> None:
+        self.ddp = DistributedDataParallel(GivenGradients(gradients).to(device), **options)
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3)
         self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=timedelta(seconds=30), node_name=node_name)
 
@@ -33,12 +33,12 @@ def zeros(of_ranks, num_workers: int) -> list[Residuals]:
     return [Residuals.zeros(num_workers, tensor.numel()) for tensor in of_ranks[0]]
 
 
-def check(rank, world_size, codec, nodes):
+def check(rank, world_size, codec, nodes, device="cpu"):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(5)]
     name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
     for options in ({"bucket_cap_mb": 25}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}):
         algorithm = ByteGrad(codec, error_feedback=True, hierarchical=nodes is not None)
-        trainer = Trainer(steps[0][rank], algorithm, name, **options)
+        trainer = Trainer(steps[0][rank], algorithm, name, device, **options)
         residuals = zeros(steps[0], len(nodes) if nodes else world_size)
         for step, of_ranks in enumerate(steps):
             trainer.backward(of_ranks[rank])

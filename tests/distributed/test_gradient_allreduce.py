@@ -68,13 +68,13 @@ def test_training_equals_ddp(world_size):
             assert_same_bits(own, first)
 
 
-def compare_gradients(rank, world_size):
+def compare_gradients(rank, world_size, device="cpu"):
     gradients = all_kinds(rank)
     for gradient_as_bucket_view in (False, True):
         results = []
         for algorithm in (None, GradientAllReduce(), GradientAllReduce(average=False)):
             options = {"bucket_cap_mb": 1, "gradient_as_bucket_view": gradient_as_bucket_view}
-            ddp = DistributedDataParallel(GivenGradients(gradients), **options)
+            ddp = DistributedDataParallel(GivenGradients(gradients).to(device), **options)
             replica = Replica(ddp, algorithm, timeout=TIMEOUT) if algorithm else None
             for _ in range(3):
                 ddp.zero_grad()
@@ -99,23 +99,24 @@ def test_gradients_equal_ddp_and_the_sum_is_a_multiple(world_size):
     run_ranks(compare_gradients, world_size)
 
 
-def compare_specification(rank, world_size):
+def compare_specification(rank, world_size, device="cpu"):
     of_ranks = [all_kinds(r) for r in range(world_size)]
     for average in (True, False):
-        ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]), bucket_cap_mb=1)
+        ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]).to(device), bucket_cap_mb=1)
         replica = Replica(ddp, GradientAllReduce(average=average), timeout=TIMEOUT)
         ddp(of_ranks[rank]).backward()
         replica.close()
         expected = gradient_allreduce(of_ranks, average=average)
         for place, (parameter, wanted) in enumerate(zip(ddp.parameters(), expected, strict=True)):
-            assert torch.equal(parameter.grad.isfinite(), wanted.isfinite()), place
+            gradient = parameter.grad.cpu()
+            assert torch.equal(gradient.isfinite(), wanted.isfinite()), place
             # n divisions and n - 1 sums, in any order: each rounds by half a unit of at most the sum of magnitudes; a
             # subnormal float16 or bfloat16 rounds by half of its smallest value.
             sizes = torch.stack([gradients[place].double().abs() for gradients in of_ranks]).sum(0)
             sizes = sizes / world_size if average else sizes
             limits = torch.finfo(wanted.dtype)
             bound = 2 * world_size * (limits.eps / 2 * sizes + limits.smallest_normal * limits.eps / 2) * (1 + 2**-6)
-            error = (parameter.grad.double() - wanted.double()).abs()
+            error = (gradient.double() - wanted.double()).abs()
             assert (error <= bound)[wanted.isfinite()].all(), (place, wanted.dtype)
 
 
@@ -125,13 +126,13 @@ def test_flat_is_the_specified_mean_within_rounding(world_size):
     run_ranks(compare_specification, world_size)
 
 
-def check_nodes(rank, world_size, nodes):
+def check_nodes(rank, world_size, nodes, device="cpu"):
     name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
     of_ranks = [all_kinds(r) for r in range(world_size)]
     for average in (True, False):
         expected = gradient_allreduce(of_ranks, nodes=nodes, average=average)
         for ddp_options in ({"bucket_cap_mb": 1}, {"bucket_cap_mb": 25, "gradient_as_bucket_view": True}):
-            ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]), **ddp_options)
+            ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]).to(device), **ddp_options)
             algorithm = GradientAllReduce(hierarchical=True, average=average)
             replica = Replica(ddp, algorithm, timeout=TIMEOUT, node_name=name)
             for step in range(3):

@@ -13,10 +13,11 @@ ROUNDS = 7
 PAIRS = ((0, 1), (2, 3))
 
 
-def check(rank, world_size, cases):
+def check(rank, world_size, cases, device="cpu"):
     for options, micro_batches, nodes, rounds in cases:
         what = f"{options}, {micro_batches} micro-batches, nodes {nodes}"
-        simulation, training = Simulation(world_size), Training(options, rank, nodes, gradient_as_bucket_view=True)
+        simulation = Simulation(world_size, device=device)
+        training = Training(options, rank, nodes, device=device, gradient_as_bucket_view=True)
         groups = nodes if options.hierarchical else None
         reference = Reference(simulation.weights[0], world_size, options.codec, nodes=groups)
         has_ring = len(reference.nodes) > 1

@@ -31,11 +31,12 @@ def gradients(world_size: int, step: int) -> list[list[torch.Tensor]]:
 class Trainer:
     """One rank's model and optimizer, made from those of others too."""
 
-    def __init__(self, algorithm, groups=None, node_name="a", **options) -> None:
+    def __init__(self, algorithm, groups=None, node_name="a", device="cpu", **options) -> None:
         torch.manual_seed(5)
         model = GivenGradients([torch.zeros(numel) for numel in SIZES])
         for parameter in model.parameters():
             parameter.data.normal_()
+        model.to(device)
         self.start = [parameter.detach().clone() for parameter in model.parameters()]
         self.ddp = DistributedDataParallel(model, bucket_cap_mb=0.02, gradient_as_bucket_view=True)
         # The same implementation in warm-up as the specification's.
@@ -52,11 +53,16 @@ class Trainer:
             assert_same_bits(parameter.data, value, f"{what}, parameter {k}")
 
 
-def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, nodes):
+def move(specification, device):
+    for name in ("parameters", "momenta", "variances"):
+        setattr(specification, name, [tensor.to(device) for tensor in getattr(specification, name)])
+
+
+def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, nodes, device="cpu"):
     arguments = {"lr": 0.01, "warmup_steps": 3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
     algorithm = QAdamAlgorithm(codec, error_feedback, hierarchical=nodes is not None)
-    trainer = Trainer(algorithm, node_name=name, decoupled_weight_decay=decoupled, **arguments)
+    trainer = Trainer(algorithm, node_name=name, device=device, decoupled_weight_decay=decoupled, **arguments)
     specification = Specification(
         trainer.start,
         world_size,
@@ -68,8 +74,11 @@ def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, node
     )
     for step in range(8):
         of_ranks = gradients(world_size, step)
+        # Warm-up is torch's Adam, which rounds otherwise on a GPU; from then on every device has the same bits.
+        place = device if step < 3 else "cpu"
+        move(specification, place)
         trainer.step(of_ranks[rank])
-        specification.step(of_ranks)
+        specification.step([[gradient.to(place) for gradient in own] for own in of_ranks])
         trainer.assert_equals(specification.parameters, f"{codec}, step {step}")
         assert trainer.optimizer.steps == step + 1
         for parameter, momentum in zip(trainer.ddp.parameters(), specification.momenta, strict=True):
@@ -473,6 +482,29 @@ def roll_back(rank, world_size):
 def test_a_state_that_is_loaded_in_between_counts():
     """Catches an end of warm-up that is counted in rounds since the start."""
     assert run_ranks(roll_back, 2) == [6, 6]
+
+
+def load_other_format(rank, world_size):
+    saved = None
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizer = QAdam(model.parameters(), warmup_steps=1)
+        with wrap(model, optimizer, "qadam") as ddp:
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            for _ in range(3):
+                loss = ddp(torch.ones(2, 3, 5, 5)).sum()
+                if saved is not None:
+                    assert optimizer.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+
+
+def test_a_momentum_in_another_memory_format_is_laid_anew_before_backward():
+    """Catches one that is laid anew in the background: on a GPU the memory it leaves would be used again while it is copied."""
+    run_ranks(load_other_format, 1)
 
 
 def wait_for_nothing(rank, world_size):

@@ -14,16 +14,19 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def forward(context, parameter, gradient):
         context.save_for_backward(gradient)
+        context.device = parameter.device
         return torch.zeros((), dtype=torch.float64)
 
     @staticmethod
     def backward(context, _):
         (gradient,) = context.saved_tensors
-        return gradient.clone() if context.needs_input_grad[0] else None, None
+        return gradient.to(context.device, copy=True) if context.needs_input_grad[0] else None, None
 
 
 class GivenGradients(torch.nn.Module):
     """The gradient of each parameter is what is given to the forward, to the bit: no product may touch a NaN's payload.
+
+    The model may be moved to a GPU, and gradients be given there or on the CPU.
 
     Args:
         tensors: parameters start as zeros of their shapes and dtypes.

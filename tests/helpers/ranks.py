@@ -24,6 +24,9 @@ from typing import Any
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.optim", "pytest", "lightning_accel"]
 
+OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING"}
+"""What pytest, Lightning and torch set in the environment."""
+
 GRACE_SECONDS = 5.0
 """How long the other ranks may go on once one has failed, so that their errors are heard too."""
 
@@ -33,9 +36,14 @@ class RankError(Exception):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, lost: Collection[int] = ()
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    lost: Collection[int] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Calls `fn(rank, world_size, *args)` on each rank, with a gloo process group, and gives what each returned.
+    """Calls `fn(rank, world_size, *args)` on each rank, with a default process group, and gives what each returned.
 
     A rank fails if it raises, or if it leaves a thread of ours or a changed environment variable behind.
 
@@ -45,6 +53,7 @@ def run_ranks(
         args: the same for each, pickled.
         timeout: seconds until all ranks are killed.
         lost: ranks that `fn` kills or stops; nobody waits for them, and None is what they return.
+        backend: of the process group.
 
     Raises:
         RankError: with the traceback of the rank that failed first.
@@ -52,7 +61,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    job = pickle.dumps((fn.__module__, inspect.getfile(fn), fn.__qualname__, pickle.dumps(args)))
+    job = pickle.dumps((fn.__module__, inspect.getfile(fn), fn.__qualname__, backend, pickle.dumps(args)))
     processes, results, failures = [], [None] * world_size, []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -128,23 +137,27 @@ def _run(rank: int, world_size: int, store: str, job: bytes) -> Any:
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine's name resolves to
     torch.set_num_threads(1)
-    module_name, file, name, args = pickle.loads(job)
+    module_name, file, name, backend, args = pickle.loads(job)
     fn = _load(module_name, file)
     for part in name.split("."):
         fn = getattr(fn, part)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     torch.manual_seed(1 + rank)
-    environment = dict(os.environ)
+    environment = _own_variables()
     value = fn(rank, world_size, *pickle.loads(args))
     deadline = time.monotonic() + GRACE_SECONDS
     while (left := own_threads()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, f"left threads: {left}; close() the replica"
-    assert dict(os.environ) == environment, "changed environment variables"
+    assert _own_variables() == environment, "changed environment variables"
     dist.destroy_process_group()
     return value
+
+
+def _own_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OTHERS_VARIABLES}
 
 
 def _load(name: str, file: str) -> Any:

@@ -17,7 +17,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: object = "") -> None:
-    """Fails where two tensors differ in shape, dtype or any bit, and shows the first place."""
+    """Fails where two tensors, on whatever devices, differ in shape, dtype or any bit, and shows the first place."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     differ = (bits(actual) != bits(expected)).flatten().nonzero().flatten()

@@ -75,16 +75,21 @@ def set_weights(model: torch.nn.Module, weights: Sequence[torch.Tensor]) -> None
 
 
 class Simulation:
-    """All ranks' models in one process, without DDP."""
+    """All ranks' models in one process, without DDP.
 
-    def __init__(self, world_size: int, model: Callable[[], torch.nn.Module] = Mixed) -> None:
-        self.models = [model() for _ in range(world_size)]
+    They compute on the ranks' device, for a GPU's forward and backward round otherwise than a CPU's; `weights` are on the CPU,
+    where the specifications work.
+    """
+
+    def __init__(self, world_size: int, model: Callable[[], torch.nn.Module] = Mixed, device: str = "cpu") -> None:
+        self.device = device
+        self.models = [model().to(device) for _ in range(world_size)]
         self.optimizers = [optimizer_of(model) for model in self.models]
 
     @property
     def weights(self) -> list[list[torch.Tensor]]:
         """Of each rank; copies."""
-        return [[tensor.clone() for tensor in trainable(model)] for model in self.models]
+        return [[tensor.to("cpu", copy=True) for tensor in trainable(model)] for model in self.models]
 
     def set_weights(self, weights: Sequence[Sequence[torch.Tensor]]) -> None:
         """Of each rank."""
@@ -94,7 +99,7 @@ class Simulation:
     def backward(self, round_: int, micro_batch: int = 0) -> None:
         """Adds to the gradients of each rank."""
         for rank, model in enumerate(self.models):
-            model(inputs_of(rank, round_, micro_batch)).backward()
+            model(inputs_of(rank, round_, micro_batch).to(self.device)).backward()
 
     def step(self, skipping: int | None = None) -> None:
         """One optimizer step on each rank, but for one."""
@@ -108,18 +113,25 @@ class Training:
     """One rank's part of the same, through DDP and an algorithm."""
 
     def __init__(
-        self, algorithm: Algorithm, rank: int, nodes: Sequence[Sequence[int]] | None = None, *, model: type = Mixed, **options
+        self,
+        algorithm: Algorithm,
+        rank: int,
+        nodes: Sequence[Sequence[int]] | None = None,
+        *,
+        model: type = Mixed,
+        device: str = "cpu",
+        **options,
     ) -> None:
-        self.rank = rank
+        self.rank, self.device = rank, device
         name = "a" if nodes is None else next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
-        self.ddp = DistributedDataParallel(model(), find_unused_parameters=True, **options)
+        self.ddp = DistributedDataParallel(model().to(device), find_unused_parameters=True, **options)
         self.optimizer = optimizer_of(self.ddp.module)
         self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT, node_name=name)
 
     def backward(self, round_: int, micro_batch: int = 0, *, last: bool = True) -> None:
         """One micro-batch."""
         with contextlib.nullcontext() if last else self.ddp.no_sync():
-            self.ddp(inputs_of(self.rank, round_, micro_batch)).backward()
+            self.ddp(inputs_of(self.rank, round_, micro_batch).to(self.device)).backward()
 
     def step(self) -> None:
         """Ends the round."""

@@ -23,10 +23,10 @@ warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 
 class Ranks(ClusterEnvironment):
-    """The processes that run_ranks has started, with the default process group they have."""
+    """The processes that run_ranks has started, with the default process group they have; on one node, or on several."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, num_nodes: int = 1) -> None:
+        self._rank, self._world_size, self._node_size = rank, world_size, world_size // num_nodes
         self._variables = dict(os.environ)
 
     creates_processes_externally = True
@@ -50,10 +50,10 @@ class Ranks(ClusterEnvironment):
         rank_zero_only.rank = rank
 
     def local_rank(self) -> int:
-        return self._rank
+        return self._rank % self._node_size
 
     def node_rank(self) -> int:
-        return 0
+        return self._rank // self._node_size
 
     def teardown(self) -> None:
         os.environ.clear()  # Lightning's launcher sets OMP_NUM_THREADS
@@ -130,8 +130,10 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-def trainer(strategy: Any, rank: int, world_size: int, **kwargs: Any) -> pl.Trainer:
-    """A quiet Trainer for one of the ranks."""
+def trainer(
+    strategy: Any, rank: int, world_size: int, *, accelerator: str = "cpu", num_nodes: int = 1, **kwargs: Any
+) -> pl.Trainer:
+    """A quiet Trainer for one of the ranks. Ranks that share a GPU need a node each: Lightning takes no device twice."""
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -139,8 +141,9 @@ def trainer(strategy: Any, rank: int, world_size: int, **kwargs: Any) -> pl.Trai
         "enable_model_summary": False,
         "max_epochs": 1,
     }
-    plugins = [Ranks(rank, world_size), *kwargs.pop("plugins", [])]
-    return pl.Trainer(strategy=strategy, accelerator="cpu", devices=world_size, plugins=plugins, **{**quiet, **kwargs})
+    nodes = {"accelerator": accelerator, "num_nodes": num_nodes, "devices": world_size // num_nodes}
+    plugins = [Ranks(rank, world_size, num_nodes), *kwargs.pop("plugins", [])]
+    return pl.Trainer(strategy=strategy, plugins=plugins, **nodes, **{**quiet, **kwargs})
 
 
 def fit(strategy: Any, rank: int, world_size: int, module: Any = None, steps: int = 20, **kwargs: Any) -> Any:

@@ -235,6 +235,11 @@ class _QAdam(BoundAlgorithm):
             if loads != self._indexed[0]:  # on all ranks alike, as whatever loads a state
                 self._agreed_steps = None
             self._indexed = loads, len(groups)
+            if self._phase is Phase.COMPRESSED:
+                # A momentum that was loaded in another memory format is laid anew here. On a lane's stream the old one would
+                # still be read when the training stream gets its memory.
+                for parameter, (optimizer, _) in self._owners.items():
+                    optimizer.momentum_of(parameter)
 
     def _any_gradient(self) -> torch.Tensor | None:
         """Whether `.grad` holds anything but zeros, on its device; None without one. The smallest parameter tells for all."""
