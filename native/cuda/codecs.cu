@@ -85,6 +85,7 @@ __device__ __forceinline__ void add_messages(const Messages& messages, int64_t f
     for (int k = 0; k < kTogether; ++k) {
       coded[k].load(messages.wire + (first + k) * messages.stride_bytes, at, numel);
     }
+    __syncwarp();  // or the compiler puts each load behind the sums before it, and one message is under way at a time
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
 #pragma unroll
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Blocks, Parameters...), const Plan& plan, const Segment* segments, void* stream,
             Arguments... arguments) {
-  const Blocks blocks{segments, static_cast<int64_t>(plan.segments().size()), plan.num_blocks()};
+  const Blocks blocks{segments, static_cast<int>(plan.segments().size()), plan.num_blocks()};
   launch_blocks(kernel, plan.num_blocks(), stream, blocks, arguments...);
 }
 
