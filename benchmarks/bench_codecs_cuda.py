@@ -1,38 +1,59 @@
-"""How fast the CUDA codecs are, as a share of what the same GPU copies in the same run.
+"""How fast the CUDA kernels are, as a share of what the same GPU copies in the same run.
 
     python benchmarks/bench_codecs_cuda.py --json benchmarks/results/codecs_cuda.json
-    python benchmarks/bench_codecs_cuda.py --codecs int8 --sizes-mib 256
+    python benchmarks/bench_codecs_cuda.py --codecs int8 --sizes-mib 256 1024
 
 An operation's bytes are those it must read and write once: tensor and message for encode and decode, message and twice the
 accumulator for decode_accumulate, all messages and the result for decode_sum_encode; error feedback adds twice the residuals.
-The copy's are twice the tensor's. Each time is the median of single calls, enqueued one behind another so that the GPU never
-waits for Python, between CUDA events.
+The copy's are twice the tensor's. QAdam's fold moves three operands, its step five, Adam's step seven. Each time is the median
+of single calls, enqueued one behind another so that the GPU never waits for Python, between CUDA events.
 
-Beside int8's encode stands the same formula in torch operations, plain and under torch.compile, counted with the same bytes.
+Beside int8's encode and QAdam's step stands the same formula in torch operations, plain and under torch.compile, counted with
+the same bytes. At the end: the kernels that a bucket takes, and what we claim beside what was measured.
 """
 
 import argparse
 import functools
 import json
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lightning_accel import codecs
+from lightning_accel import QAdam, _native, codecs
+from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce, pieces_of
+from lightning_accel.kernels import run_kernel
+from lightning_accel.layout import Layout
 
+DEVICE = torch.device("cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 NUM_MESSAGES = 8
-WARM_UP_CALLS = 5
+NUM_PARAMETERS = 8  # of an optimizer: few, so that the GPU does not wait for Python
+BUCKET_NUMELS = [2**18, 2**10, 3 * 2**18 + 5, 77] * 6  # 24 MiB of float32
+WARM_UP_SECONDS = 0.1  # a GPU's clocks rise slowly
+SMALLEST_MIB = 256  # smaller tensors stay in a GPU's cache
 MIB = 2**20
+SUM = f"decode_sum_encode of {NUM_MESSAGES}"
 COLUMNS = ("tensor", "codec", "operation", "ms", "GB/s", "share of copy")
+LEAST_SHARES = (
+    ("int8", "encode", 0.85),
+    ("int8", "decode", 0.85),
+    ("int8", SUM, 0.8),
+    ("int8", "encode, error feedback", 0.8),
+    ("qadam", "step", 0.85),
+)
+MOST_KERNELS = 3  # a bucket
 
 
 def median_ms(call: Callable[[], object], num_calls: int) -> float:
-    for _ in range(WARM_UP_CALLS):
+    until = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < until:
         call()
+        torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * num_calls)]
     for start, end in zip(events[::2], events[1::2], strict=True):
         start.record()
@@ -52,6 +73,12 @@ def torch_int8_encode(tensor: torch.Tensor, scales: torch.Tensor, codes: torch.T
     scales.copy_(torch.where(is_poisoned, nan, torch.where(is_blank, 0.0, absmax / 127.0)))
     inverse = (torch.full_like(absmax, 127.0) / absmax)[:, None]  # 127.0 / absmax is 127.0 * (1 / absmax) in torch
     codes.copy_(torch.where(is_blank[:, None], 0.0, (values * inverse).round()))
+
+
+def torch_qadam_step(gradient: torch.Tensor, momentum: torch.Tensor, variance: torch.Tensor, parameter: torch.Tensor) -> None:
+    """qadam.h's step in torch operations, without its guard against gradients that are not finite."""
+    momentum.copy_(gradient)
+    parameter.sub_(1e-3 * (momentum / (variance.sqrt() / 0.5 + 1e-8)))
 
 
 class Bench:
@@ -74,9 +101,14 @@ class Bench:
 
     def run_tensor(self, dtype: torch.dtype, size_mib: int, codec_names: list[str]) -> None:
         name = f"{str(dtype).removeprefix('torch.')} {size_mib} MiB"
-        tensor = torch.randn(size_mib * MIB // dtype.itemsize, device="cuda").to(dtype)
+        tensor = torch.randn(size_mib * MIB // dtype.itemsize, device=DEVICE).to(dtype)
         target = torch.empty_like(tensor)
         self.run(name, "", "copy_", 2 * tensor.nbytes, lambda: target.copy_(tensor))
+        try:
+            self.run_qadam(name, tensor)
+        except torch.OutOfMemoryError:
+            self.results.append({"tensor": name, "codec": "qadam", "operation": "", "error": "not enough GPU memory"})
+        torch.cuda.empty_cache()
         for codec in codec_names:
             try:
                 self.run_codec(name, codec, tensor, target)
@@ -86,50 +118,152 @@ class Bench:
 
     def run_codec(self, name: str, codec: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
         plan = codecs.Plan(codec, tensor.dtype, [0], [tensor.numel()])
-        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device="cuda")
+        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=DEVICE)
         self.run(name, codec, "encode", tensor.nbytes + wire.nbytes, lambda: codecs.encode(plan, tensor, wire))
         if codec == "int8":
             self.run_torch_int8(name, tensor, wire)
         residuals = None
         if codec != "none":  # which loses nothing
-            memory = torch.zeros(tensor.numel(), device="cuda")
+            memory = torch.zeros(tensor.numel(), device=DEVICE)
             residuals = codecs.Residuals(memory, memory)
             num_bytes = tensor.nbytes + wire.nbytes + 2 * memory.nbytes
             call = functools.partial(codecs.encode, plan, tensor, wire, residuals)
             self.run(name, codec, "encode, error feedback", num_bytes, call)
         self.run(name, codec, "decode", tensor.nbytes + wire.nbytes, lambda: codecs.decode(plan, wire, target))
 
-        sums = torch.zeros(tensor.numel(), dtype=plan.value_dtype, device="cuda")
+        sums = torch.zeros(tensor.numel(), dtype=plan.value_dtype, device=DEVICE)
         num_bytes = wire.nbytes + 2 * sums.nbytes
         self.run(name, codec, "decode_accumulate", num_bytes, lambda: codecs.decode_accumulate(plan, wire, sums))
 
         messages = wire.repeat(NUM_MESSAGES)
         options = {"count": NUM_MESSAGES, "stride_bytes": plan.wire_bytes, "divisor": float(NUM_MESSAGES)}
-        operation, num_bytes = f"decode_sum_encode of {NUM_MESSAGES}", messages.nbytes + wire.nbytes
+        num_bytes = messages.nbytes + wire.nbytes
         call = functools.partial(codecs.decode_sum_encode, plan, messages, wire, **options)
-        self.run(name, codec, operation, num_bytes, call)
+        self.run(name, codec, SUM, num_bytes, call)
         if residuals is not None:
             num_bytes += 2 * residuals.old.nbytes
-            self.run(name, codec, f"{operation}, error feedback", num_bytes, functools.partial(call, residuals=residuals))
+            self.run(name, codec, f"{SUM}, error feedback", num_bytes, functools.partial(call, residuals=residuals))
 
     def run_torch_int8(self, name: str, tensor: torch.Tensor, wire: torch.Tensor) -> None:
         rows = tensor.view(-1, codecs.BLOCK_NUMEL)
         by_torch = torch.zeros_like(wire)
         scales = by_torch[: 4 * len(rows)].view(torch.float32)
         codes = by_torch[-tensor.numel() :].view(torch.int8).view(rows.shape)
-        for label, function in (
-            ("encode in torch operations", torch_int8_encode),
-            ("encode under torch.compile", torch.compile(torch_int8_encode, dynamic=False)),
-        ):
+
+        def differing_bytes() -> int:
+            count = int((by_torch != wire).sum())
             by_torch.zero_()
+            return count
+
+        function = functools.partial(torch_int8_encode, rows, scales, codes)
+        self.run_in_torch(name, "int8", "encode", tensor.nbytes + wire.nbytes, function, differing_bytes)
+
+    def run_in_torch(
+        self,
+        name: str,
+        codec: str,
+        operation: str,
+        num_bytes: int,
+        function: Callable[[], None],
+        differing_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Plain and under torch.compile."""
+        for label, version in (
+            ("in torch operations", function),
+            ("under torch.compile", torch.compile(function, dynamic=False)),
+        ):
             try:
-                function(rows, scales, codes)
+                version()
             except Exception as error:  # torch.compile needs a compiler, and raises what that raises
                 reason = type(error).__name__
-                self.results.append({"tensor": name, "codec": "int8", "operation": label, "error": reason})
+                self.results.append({"tensor": name, "codec": codec, "operation": f"{operation} {label}", "error": reason})
                 continue
-            self.run(name, "int8", label, tensor.nbytes + wire.nbytes, lambda function=function: function(rows, scales, codes))
-            self.results[-1]["differing_bytes"] = int((by_torch != wire).sum())
+            self.run(name, codec, f"{operation} {label}", num_bytes, version)
+            self.results[-1]["differing_bytes"] = differing_bytes()
+
+    def run_qadam(self, name: str, tensor: torch.Tensor) -> None:
+        """QAdam's passes beside Adam's step, on parameters that are as large together as `tensor`."""
+
+        def parameters() -> list[torch.nn.Parameter]:
+            made = [torch.nn.Parameter(part.clone()) for part in tensor.chunk(NUM_PARAMETERS)]
+            for parameter in made:
+                parameter.grad = parameter.detach() * 1e-3
+            return made
+
+        own = parameters()
+        optimizer = QAdam(own, warmup_steps=10**9)
+        optimizer.attach()
+        optimizer.step()
+        optimizer.freeze()
+        dtype = codecs.DTYPES.index(tensor.dtype)
+        folds = [
+            (p.grad.data_ptr(), optimizer.state[p]["exp_avg"].data_ptr(), p.data_ptr(), p.numel())
+            for p in own
+            if p.grad is not None
+        ]
+        fold = functools.partial(run_kernel, _native.qadam_fold, DEVICE, dtype, folds, 0.9, 0.0, 1)
+        self.run(name, "qadam", "fold", 3 * tensor.nbytes, fold)
+
+        def step() -> None:
+            optimizer.note_folded(own)  # as the algorithm does in backward
+            optimizer.step()
+
+        self.run(name, "qadam", "step", 5 * tensor.nbytes, step)
+        operands = [torch.rand_like(tensor) for _ in range(4)]
+        self.run_in_torch(name, "qadam", "step", 5 * tensor.nbytes, functools.partial(torch_qadam_step, *operands))
+        for options in ({"fused": True}, {"fused": True, "capturable": True}):
+            adam = torch.optim.Adam(parameters(), **options)
+            label = ", ".join(f"{option}=True" for option in options)
+            self.run(name, "qadam", f"Adam({label}).step", 7 * tensor.nbytes, adam.step)
+
+
+def kernels_of_bucket(*, feedback: bool) -> list[str]:
+    """Names of the kernels that run for a bucket in an all_reduce with int8; copies, which stand for messages, are none."""
+    layout = Layout(BUCKET_NUMELS, num_owners=1)
+    places = [(i, sum(BUCKET_NUMELS[:i])) for i in range(len(BUCKET_NUMELS))]
+    plan = TwoShotPlan.build("int8", torch.float32, pieces_of(layout, places), 1, 0, scatter=True)
+    bucket, worker, server = torch.randn(3, layout.numel, device=DEVICE).unbind()
+    residuals = Feedback(codecs.Residuals(worker, worker), codecs.Residuals(server, server)) if feedback else None
+    scratch, alone = Scratch(), Group(None)
+
+    def all_reduce() -> None:
+        compressed_all_reduce(bucket, plan, alone, scratch, divisor=1.0, feedback=residuals)
+        torch.cuda.synchronize()
+
+    for _ in range(2):  # the first one allocates, sends the plans to the GPU, and wakes the profiler
+        with torch.profiler.profile() as profile:
+            all_reduce()
+    on_gpu = [event.name for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))]
+
+
+def bars(results: list[dict], kernels: dict[str, list[str]]) -> list[dict]:
+    """What we claim, what was measured, and whether the claim holds here; of what was not measured, not."""
+    found: list[tuple[str, str, bool]] = []
+
+    def result_of(tensor: str, codec: str, operation: str) -> dict:
+        return next((r for r in results if (r["tensor"], r["codec"], r["operation"]) == (tensor, codec, operation)), {})
+
+    for tensor in dict.fromkeys(result["tensor"] for result in results):
+        for codec, operation, least in LEAST_SHARES:
+            share = result_of(tensor, codec, operation).get("share_of_copy", 0.0)
+            found.append((f"{tensor}: {codec} {operation} at least {least} of a copy's rate", f"{share:.2f}", share >= least))
+        own, adam = result_of(tensor, "qadam", "step"), result_of(tensor, "qadam", "Adam(fused=True).step")
+        ratio = own["ms"] / adam["ms"] if "ms" in own and "ms" in adam else float("inf")
+        found.append((f"{tensor}: qadam step in at most the time of Adam(fused=True)", f"{ratio:.2f}", ratio <= 1))
+    for what, names in kernels.items():
+        # Without any, the profiler has seen nothing.
+        found.append((f"{what}: at most {MOST_KERNELS} kernels", str(len(names)), 0 < len(names) <= MOST_KERNELS))
+    return [{"claim": claim, "measured": measured, "holds": holds} for claim, measured, holds in found]
+
+
+def driver_version() -> str | None:
+    """Of the GPU's driver; None where nobody says."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def as_row(result: dict) -> tuple[str, ...]:
@@ -166,18 +300,20 @@ def print_table(title: str, results: list[dict]) -> None:
         if result["operation"] == "copy_":
             table.add_section()
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codecs", nargs="+", choices=codecs.CODECS, default=list(codecs.CODECS))
-    parser.add_argument("--sizes-mib", nargs="+", type=int, default=[256, 1024], help="of the tensors")
+    parser.add_argument("--sizes-mib", nargs="+", type=int, default=[SMALLEST_MIB], help="of the tensors, at least 256")
     parser.add_argument("--calls", type=int, default=30, help="timed calls of each operation, at least 20")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     arguments = parser.parse_args()
     if arguments.calls < 20:
         parser.error(f"--calls must be at least 20: got {arguments.calls}")
+    if min(arguments.sizes_mib) < SMALLEST_MIB:
+        parser.error(f"--sizes-mib must be at least {SMALLEST_MIB}, or a cache answers: got {min(arguments.sizes_mib)}")
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU; torch finds none")
 
@@ -188,7 +324,11 @@ def main() -> None:
             bench.run_tensor(dtype, size_mib, arguments.codecs)
 
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    print_table(f"CUDA codecs on {gpu.name}: median of {arguments.calls} calls", bench.results)
+    print_table(f"CUDA kernels on {gpu.name}: median of {arguments.calls} calls", bench.results)
+    kernels = {f"a bucket{what}": kernels_of_bucket(feedback=bool(what)) for what in ("", " with error feedback")}
+    claims = bars(bench.results, kernels)
+    for bar in claims:
+        print(f"{'holds ' if bar['holds'] else 'missed'}  {bar['measured']:>5}  {bar['claim']}")
     if arguments.json:
         report = {
             "gpu": gpu.name,
@@ -196,8 +336,11 @@ def main() -> None:
             "multiprocessors": gpu.multi_processor_count,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "driver": driver_version(),
             "calls": arguments.calls,
             "results": bench.results,
+            "kernels": kernels,
+            "bars": claims,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

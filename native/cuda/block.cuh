@@ -33,7 +33,7 @@ __device__ __forceinline__ int lane() { return threadIdx.x % kWarpLanes; }
 // The plan, as a kernel sees it.
 struct Blocks {
   const Segment* segments;
-  int64_t num_segments;
+  int num_segments;
   int64_t count;
 };
 
@@ -41,13 +41,13 @@ struct Blocks {
 // block, so the last is the one that holds the block. Each step the 32 lanes probe 32 places and keep the stretch between
 // two of them: log32 of the segments steps, not log2. All lanes take part and get the same answer.
 __device__ __forceinline__ Segment find_segment(const Blocks& blocks, int64_t block) {
-  int64_t first = 0;
-  int64_t count = blocks.num_segments;  // candidates: segments[first], ..., segments[first + count - 1]
+  int first = 0;
+  int count = blocks.num_segments;  // candidates: segments[first], ..., segments[first + count - 1]
   while (count > 1) {
-    const int64_t stride = (count + kWarpLanes - 1) / kWarpLanes;
-    const int64_t probe = lane() * stride;
+    const int stride = (count + kWarpLanes - 1) / kWarpLanes;
+    const int probe = lane() * stride;
     const bool is_before = probe < count && blocks.segments[first + probe].first_block <= block;
-    const int64_t skipped = (__popc(__ballot_sync(kAllLanes, is_before)) - 1) * stride;  // lane 0 is always before
+    const int skipped = (__popc(__ballot_sync(kAllLanes, is_before)) - 1) * stride;  // lane 0 is always before
     first += skipped;
     count = count - skipped < stride ? count - skipped : stride;
   }
@@ -217,6 +217,13 @@ __device__ __forceinline__ T shuffle_xor(const T& mine, int distance) {
   return other;
 }
 
+// Byte `place` of a word, less `bias`, as a float, exactly: it becomes the lowest bits of 2^23, which are its integer part. A
+// GPU's conversions of integers are an eighth as fast as its additions, and would be all that a sum of messages waits for.
+__device__ __forceinline__ float byte_as_float(uint32_t word, int place, float bias) {
+  constexpr float kIntegers = 0x1p23f;
+  return bit_cast<float>(__byte_perm(word, bit_cast<uint32_t>(kIntegers), 0x7650u | place)) - (kIntegers + bias);
+}
+
 // Merges the statistics of kLanes neighbours; all of them get the same.
 template <int kLanes, class Statistic>
 __device__ __forceinline__ Statistic merge_over_lanes(Statistic statistic) {
@@ -282,7 +289,18 @@ struct Coded {
 
   // Of this lane's i-th element. Poisoned blocks need no branch, which would put the codes' loads behind the header's: their
   // scale is NaN, and so is every product with it.
-  __device__ __forceinline__ Value value(int i) const { return Codec::decode(header, codes[i]); }
+  __device__ __forceinline__ Value value(int i) const {
+    using Code = typename Codec::Code;
+    if constexpr (std::is_integral<Code>::value) {
+      static_assert(sizeof(Code) == 1, "codes are bytes");
+      uint32_t word;
+      memcpy(&word, &codes[i / 4 * 4], sizeof word);
+      constexpr bool kIsSigned = std::is_signed<Code>::value;
+      return Codec::decode(header, byte_as_float(kIsSigned ? word ^ 0x80808080u : word, i % 4, kIsSigned ? 128.0f : 0.0f));
+    } else {
+      return Codec::decode(header, codes[i]);
+    }
+  }
 };
 
 }  // namespace

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Blocks, Parameters...), const Plan& plan, const Segment* segments, void* stream,
             Arguments... arguments) {
-  const Blocks blocks{segments, static_cast<int64_t>(plan.segments().size()), plan.num_blocks()};
+  const Blocks blocks{segments, static_cast<int>(plan.segments().size()), plan.num_blocks()};
   launch_blocks(kernel, plan.num_blocks(), stream, blocks, arguments...);
 }
 

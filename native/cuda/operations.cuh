@@ -88,6 +88,7 @@ __device__ __forceinline__ void add_messages(const Sources& messages, int64_t fi
     for (int k = 0; k < kTogether; ++k) {
       coded[k].load(message_at(messages, first + k), at, numel);
     }
+    __syncwarp();  // or the compiler puts each load behind the sums before it, and one message is under way at a time
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
 #pragma unroll

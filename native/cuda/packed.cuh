@@ -83,8 +83,10 @@ struct Coded<Int4, kWidth> {
   }
 
   __device__ __forceinline__ float value(int i) const {
-    const int code = pairs[i / 2] >> i % 2 * 4 & 0xF;
-    return Int4::decode(headers[i / kScaleCodes], static_cast<int8_t>((code ^ 8) - 8));
+    uint32_t word;
+    memcpy(&word, &pairs[i / 8 * 4], sizeof word);
+    const uint32_t biased = (word ^ 0x88888888u) >> i % 2 * 4 & 0x0F0F0F0Fu;
+    return Int4::decode(headers[i / kScaleCodes], byte_as_float(biased, i % 8 / 2, 8.0f));
   }
 
  private:
@@ -121,7 +123,7 @@ __device__ __forceinline__ uint32_t transpose(uint32_t bits) {
 template <int kWidth>
 struct Coded<Sign, kWidth> {
   static constexpr int kRun = kWidth == kGuarded ? 1 : kWidth;
-  static constexpr int kTogether = 2;
+  static constexpr int kTogether = 1;  // its time is arithmetic
 
   uint32_t scale_bits;
   uint32_t live_groups;

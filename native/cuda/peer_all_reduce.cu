@@ -159,8 +159,8 @@ void all_reduce_peers(const PeerMessages& messages, const Segment* everything_se
   const auto launch = [&](auto codec, auto element, auto feedback) {
     using Codec = typename decltype(codec)::type;
     using Tensor = typename decltype(element)::type;
-    Call<Codec> call{{everything_segments, static_cast<int64_t>(everything.segments().size()), everything.num_blocks()},
-                     {own_segments, static_cast<int64_t>(messages.own.segments().size()), messages.own.num_blocks()},
+    Call<Codec> call{{everything_segments, static_cast<int>(everything.segments().size()), everything.num_blocks()},
+                     {own_segments, static_cast<int>(messages.own.segments().size()), messages.own.num_blocks()},
                      {},
                      messages.is_whole ? 1 : peers.count,
                      messages.stride_bytes,

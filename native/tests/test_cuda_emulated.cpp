@@ -8,11 +8,13 @@
 #include "check.h"
 #include "lightning_accel/codecs.h"
 #include "lightning_accel/qadam.h"
+#include "lightning_accel/weights.h"
 #include "memory.h"
 
 // Last, because they are made of the headers before.
 #include "../cuda/codecs.cu"
 #include "../cuda/qadam.cu"
+#include "../cuda/weights.cu"
 
 namespace {
 
@@ -213,6 +215,38 @@ void test_qadam(DType dtype, double weight_decay) {
   }
 }
 
+// Rows of a mean that are aligned, that are not because the first is not, and that are not because of their size.
+void test_mean(DType dtype, int64_t count, int64_t numel, int64_t distance, int kind) {
+  const int bytes = kElementBytes[static_cast<int>(dtype)];
+  Random random(31);
+  Memory rows(count * numel * bytes, distance), cpu(numel * bytes, kind % 2 * distance), cuda(cpu);
+  fill(rows, dtype, kind, random);
+  accel::cpu::mean(dtype, rows.data(), count, cpu.data(), numel);
+  accel::cuda::mean(dtype, rows.data(), count, cuda.data(), numel, nullptr);
+  CHECK(cuda.difference(cpu) < 0, "mean of " << count << ", dtype " << static_cast<int>(dtype) << ", " << numel << " elements at "
+                                             << distance << ", kind " << kind << ": byte " << cuda.difference(cpu) << " differs");
+}
+
+// `odd` is the one operand of four that lies at `distance`.
+void test_ring_difference(DType dtype, int64_t numel, int64_t distance, int odd, int kind) {
+  const int bytes = kElementBytes[static_cast<int>(dtype)];
+  Random random(37);
+  std::vector<Memory> cpu;  // x, w, left, right
+  for (int operand = 0; operand < 4; ++operand) {
+    Memory memory(numel * bytes, operand == odd ? distance : 0);
+    fill(memory, dtype, kind, random);
+    cpu.push_back(memory);
+  }
+  std::vector<Memory> cuda(cpu);
+  accel::cpu::ring_difference(dtype, cpu[0].data(), cpu[1].data(), cpu[2].data(), cpu[3].data(), numel);
+  accel::cuda::ring_difference(dtype, cuda[0].data(), cuda[1].data(), cuda[2].data(), cuda[3].data(), numel, nullptr);
+  for (int operand = 0; operand < 4; ++operand) {
+    CHECK(cuda[operand].difference(cpu[operand]) < 0,
+          "ring_difference, dtype " << static_cast<int>(dtype) << ", " << numel << " elements, operand " << odd << " at "
+                                    << distance << ", kind " << kind << ": operand " << operand << " differs");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -246,6 +280,26 @@ int main() {
   for (int type = 0; type < kNumDTypes; ++type) {
     test_qadam(static_cast<DType>(type), 0.0);
     test_qadam(static_cast<DType>(type), 0.1);
+  }
+  // More blocks than warps; whole blocks of which only some rows are aligned; what is left over.
+  for (const int64_t numel : {0, 1, 33, 511, 512, 513, 2 * 512 + 4, 300 * 512 + 77}) {
+    for (int type = 0; type < kNumDTypes; ++type) {
+      const DType dtype = static_cast<DType>(type);
+      for (const int64_t distance : kDistances) {
+        if (distance % kElementBytes[type] == 0) {
+          for (const int64_t count : {1, 2, 3}) {
+            for (int kind = 0; kind < (numel < 10'000 ? kNumKinds : 1); ++kind) {
+              test_mean(dtype, count, numel, distance, kind);
+            }
+          }
+          if (dtype == DType::kFloat32 || dtype == DType::kFloat64) {
+            for (int kind = 0; kind < (numel < 10'000 ? kNumKinds : 1); ++kind) {
+              test_ring_difference(dtype, numel, distance, kind % 4, kind);
+            }
+          }
+        }
+      }
+    }
   }
   return check::report("test_cuda_emulated");
 }

@@ -76,9 +76,8 @@ struct MinMaxUInt8 {
     }
   };
 
-  ACCEL_MEMBER static float decode(const Header& header, Code code) {
-    return (static_cast<float>(code) + header.lower) * header.scale;
-  }
+  ACCEL_MEMBER static float decode(const Header& header, Code code) { return decode(header, static_cast<float>(code)); }
+  ACCEL_MEMBER static float decode(const Header& header, float code) { return (code + header.lower) * header.scale; }
 };
 
 }  // namespace accel

@@ -54,7 +54,8 @@ struct Symmetric {
     ACCEL_MEMBER Code encode(float x) const { return static_cast<Code>(round_half_even_to_int(x * inverse)); }
   };
 
-  ACCEL_MEMBER static float decode(const Header& header, Code code) { return static_cast<float>(code) * header.scale; }
+  ACCEL_MEMBER static float decode(const Header& header, Code code) { return decode(header, static_cast<float>(code)); }
+  ACCEL_MEMBER static float decode(const Header& header, float code) { return code * header.scale; }
 };
 
 using Int8 = Symmetric<127, kBlockNumel, 8>;

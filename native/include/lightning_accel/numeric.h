@@ -75,10 +75,8 @@ template <>
 struct Convert<BFloat16> {
   ACCEL_MEMBER static float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
   ACCEL_MEMBER static BFloat16 from_float(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7FFFFFFFu) > kInfinityBits;
-    return BFloat16{static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded)};
+    const uint32_t bits = bit_cast<uint32_t>(Convert<float>::from_float(x));  // the canonical NaN stays one
+    return BFloat16{static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
   }
 };
 

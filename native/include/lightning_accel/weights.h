@@ -1,4 +1,5 @@
-// Arithmetic on weights that replicas exchange, element by element. The CPU's and the GPU's give the same bits.
+// Arithmetic on weights that replicas exchange, element by element. The CPU's and the GPU's give the same bits; every NaN becomes
+// the canonical one, for machines make different ones.
 //
 // Pointers need the alignment of their element only. Buffers must not overlap, but where it is said.
 #pragma once
@@ -26,17 +27,17 @@ ACCEL_INLINE MeanValue<T> load_for_mean(T x) {
 }
 template <class T>
 ACCEL_INLINE T store_mean(MeanValue<T> x) {
-  if constexpr (sizeof(T) == 2) {
-    return Convert<T>::from_float(x);
+  if constexpr (sizeof(T) == 8) {
+    return store_value<T>(x);
   } else {
-    return static_cast<T>(x);
+    return Convert<T>::from_float(static_cast<float>(x));
   }
 }
 
 // (x - w) + ((left - w) + (right - w)) / 3. Differences first: zero, exactly, where all four are equal.
 template <class T>
 ACCEL_INLINE T ring_difference(T x, T w, T left, T right) {
-  return (x - w) + ((left - w) + (right - w)) / T{3};
+  return store_value<T>((x - w) + ((left - w) + (right - w)) / T{3});
 }
 
 namespace cpu {

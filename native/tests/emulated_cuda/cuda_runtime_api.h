@@ -155,6 +155,16 @@ inline uint32_t __ballot_sync(unsigned lanes, bool mine) {
   }
   return votes;
 }
+// Byte i of the result is byte `selector >> 4 i & 7` of the eight of low and high.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7u) * 8 & 0xFFu) << 8 * i;
+  }
+  return result;
+}
+inline void __syncwarp() {}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __syncthreads_and(int mine) { return emulated::meet_all(mine != 0); }
 inline void __syncthreads() { emulated::meet_all(true); }
