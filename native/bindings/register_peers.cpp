@@ -28,7 +28,7 @@ void all_reduce(const Plan& everything, const Plan& own, int64_t stride_bytes, b
   const int64_t count = static_cast<int64_t>(memory.size());
   ACCEL_CHECK(1 <= count && count <= kMostPeers && 0 <= rank && rank < count,
               "there must be 1 to " << kMostPeers << " peers, one of them this rank: got rank " << rank << " of " << count);
-  Peers peers{{}, static_cast<int>(count), rank};
+  Peers peers{{}, memory_bytes, static_cast<int>(count), rank};
   for (int64_t k = 0; k < count; ++k) {
     ACCEL_CHECK(memory[k] != 0 && memory[k] % kWireAlignment == 0,
                 "rank " << k << "'s memory must lie at a multiple of " << kWireAlignment << " bytes, got address " << memory[k]);
@@ -40,15 +40,18 @@ void all_reduce(const Plan& everything, const Plan& own, int64_t stride_bytes, b
                   num_messages * stride_bytes >= everything.wire_bytes(),
               "messages of " << stride_bytes << " bytes do not hold the plans' " << own.wire_bytes() << " and "
                              << everything.wire_bytes() << " bytes");
-  ACCEL_CHECK(memory_bytes >= peer_memory_bytes(static_cast<int>(num_messages), stride_bytes),
-              "the peers' memory must have at least " << peer_memory_bytes(static_cast<int>(num_messages), stride_bytes)
-                                                      << " bytes, got " << memory_bytes);
+  ACCEL_CHECK(
+      memory_bytes >= peer_memory_bytes(static_cast<int>(num_messages), stride_bytes) && memory_bytes % kWireAlignment == 0,
+      "the peers' memory must have a multiple of 16 bytes, at least "
+          << peer_memory_bytes(static_cast<int>(num_messages), stride_bytes) << " bytes, got " << memory_bytes);
   ACCEL_CHECK(numel >= everything.tensor_numel() && (tensor != 0 || everything.tensor_numel() == 0),
               "the plan needs a tensor of at least " << everything.tensor_numel() << " elements, got " << numel);
   ACCEL_CHECK(failure != 0 && timeout_seconds > 0, "there must be a place for failures, and time to come");
   const Residuals of_worker = residuals_at(everything, worker, "the worker's residuals");
   const Residuals of_server = residuals_at(own, server, "the server's residuals");
-  ACCEL_CHECK((of_worker.old == nullptr) == (of_server.old == nullptr), "both sides keep residuals, or none");
+  // A rank that sums nothing has no memory for residuals of it.
+  const bool has_both = everything.residual_numel() > 0 && own.residual_numel() > 0;
+  ACCEL_CHECK(!has_both || (of_worker.old == nullptr) == (of_server.old == nullptr), "both sides keep residuals, or none");
 #if defined(ACCEL_WITH_CUDA)
   py::gil_scoped_release release;
   cuda::all_reduce_peers({everything, own, stride_bytes, is_whole}, reinterpret_cast<const Segment*>(everything_segments),

@@ -5,8 +5,9 @@
 // b reads from another rank was written there by its thread block b. Hence they wait for each other one by one: nothing waits for
 // a whole grid, and a grid need not fit on the GPU at once, because thread blocks start in the order of their numbers.
 //
-// Why two waits are enough: a rank comes to the end of a call only after all ranks have read its messages, and to the second part
-// of the next call only after all have ended this one, and read its means.
+// Why two waits are enough: a rank comes to the end of a call only after all ranks have read its messages, and writes the next
+// call's means only after all have begun that one, so that they have read the means of this one. In between it writes messages
+// while others may read means; they never overlap.
 #include "lightning_accel/peer_all_reduce.h"
 
 #include <algorithm>
@@ -19,6 +20,7 @@ namespace accel::cuda {
 namespace {
 
 constexpr unsigned kPollNanoseconds = 40;
+constexpr unsigned kPollsAlone = 4096;  // between two looks at the host's word, which is far away
 
 // Where the parts of a rank's memory are.
 __device__ __forceinline__ uint32_t* flag_at(uint8_t* memory, int thread_block, int rank) {
@@ -43,12 +45,12 @@ struct Call {
   Division<typename Codec::Value> division;
   Residuals worker;
   Residuals server;
-  int32_t* failure;
+  uint32_t* failure;
   uint64_t timeout_ns;
 
   __device__ __forceinline__ uint8_t* memory() const { return peers.memory[peers.rank]; }
   __device__ __forceinline__ uint8_t* messages(int rank) const { return peers.memory[rank] + kPeerMessagesOffset; }
-  __device__ __forceinline__ uint8_t* mean(int rank) const { return messages(rank) + num_messages * stride_bytes; }
+  __device__ __forceinline__ uint8_t* mean(int rank) const { return peers.memory[rank] + peers.memory_bytes - stride_bytes; }
 };
 
 // Every rank's message for this one, at `offset` of its memory.
@@ -73,10 +75,13 @@ __device__ __forceinline__ bool meet(const Call<Codec>& call, uint32_t round) {
     store_release(flag_at(call.peers.memory[peer], b, call.peers.rank), round);
     const uint64_t start = nanoseconds();
     // The difference, because rounds wrap.
-    while (static_cast<int32_t>(load_acquire(flag_at(call.memory(), b, peer)) - round) < 0) {
-      if (nanoseconds() - start > call.timeout_ns) {
+    for (unsigned polls = 1; static_cast<int32_t>(load_acquire(flag_at(call.memory(), b, peer)) - round) < 0; ++polls) {
+      const bool is_late = nanoseconds() - start > call.timeout_ns;
+      if (is_late || (polls % kPollsAlone == 0 && load_acquire(call.failure) != 0)) {
         has_come = false;
-        store_release(reinterpret_cast<uint32_t*>(call.failure), static_cast<uint32_t>(1 + peer));
+        if (is_late) {
+          store_release(call.failure, static_cast<uint32_t>(1 + peer));
+        }
         store_release(failed_at(call.memory()), 1u);
         break;
       }
@@ -145,8 +150,11 @@ __device__ __forceinline__ bool all_reduce(const Call<Codec>& call, Tensor* tens
 template <class Codec, class Tensor, bool kHasFeedback>
 __global__ void __launch_bounds__(kThreads) all_reduce_kernel(const __grid_constant__ Call<Codec> call, Tensor* tensor) {
   if (!all_reduce<Codec, Tensor, kHasFeedback>(call, tensor)) {
-    for_each_block(call.everything,
-                   [&](const Segment& segment, int64_t block, int numel) { fill_nan(segment, block, numel, tensor); });
+    // What this thread block would have decoded, and no more: others may have come to their end.
+    for_each_message_block(call, [&](int, int64_t i) {
+      with_block(call.everything, i,
+                 [&](const Segment& segment, int64_t block, int numel) { fill_nan(segment, block, numel, tensor); });
+    });
   }
 }
 
@@ -168,7 +176,7 @@ void all_reduce_peers(const PeerMessages& messages, const Segment* everything_se
                      Division<typename Codec::Value>(divisor),
                      worker,
                      server,
-                     failure,
+                     reinterpret_cast<uint32_t*>(failure),
                      static_cast<uint64_t>(timeout_seconds * 1e9)};
     int64_t most_blocks = 0;
     for (int k = 0; k < call.num_messages; ++k) {

@@ -1,6 +1,7 @@
 // The all_reduce over shared memory, compiled for the host (emulated_cuda/): each rank is a thread, and what it ends with is what
 // the CPU's operations make of the same tensors by messages, byte for byte: tensors, residuals of both sides, several calls of
-// different sizes in the same memory. A rank that does not come leaves NaN and its number, after the time it was given.
+// different sizes in the same memory, one right behind another on ranks that dawdle here and there. A rank that does not come,
+// or a part of it, leaves NaN and its number, after the time it was given or when the host says so.
 #include <cmath>
 #include <random>
 #include <string>
@@ -153,6 +154,7 @@ struct Shared {
   }
   accel::Peers of(int rank) {
     accel::Peers peers{};
+    peers.memory_bytes = memory[0].bytes();
     peers.count = static_cast<int>(memory.size());
     peers.rank = rank;
     for (int k = 0; k < peers.count; ++k) {
@@ -162,17 +164,27 @@ struct Shared {
   }
 };
 
-// Those ranks' calls, side by side; the others do not come.
-void run(const Deal& deal, std::vector<State>& ranks, Shared& shared, float divisor, bool has_feedback, double timeout_seconds,
-         int num_coming) {
+void call(const Deal& deal, int rank, State& state, Shared& shared, float divisor, bool has_feedback, double timeout_seconds) {
+  accel::cuda::all_reduce_peers({deal.everything, deal.own[rank], deal.stride_bytes, deal.is_whole},
+                                deal.everything.segments().data(), deal.own[rank].segments().data(), state.tensor.data(),
+                                shared.of(rank), divisor, has_feedback ? state.of_worker() : Residuals{},
+                                has_feedback ? state.of_server() : Residuals{}, &shared.failures[rank], timeout_seconds, nullptr);
+}
+
+// body(rank) on each of the first ranks, side by side. A rank that dawdles sleeps behind one barrier in some.
+template <class Body>
+void on_ranks(int count, bool dawdle, Body body) {
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_coming; ++rank) {
-    threads.emplace_back([&, rank] {
-      accel::cuda::all_reduce_peers(
-          {deal.everything, deal.own[rank], deal.stride_bytes, deal.is_whole}, deal.everything.segments().data(),
-          deal.own[rank].segments().data(), ranks[rank].tensor.data(), shared.of(rank), divisor,
-          has_feedback ? ranks[rank].of_worker() : Residuals{}, has_feedback ? ranks[rank].of_server() : Residuals{},
-          &shared.failures[rank], timeout_seconds, nullptr);
+  for (int rank = 0; rank < count; ++rank) {
+    threads.emplace_back([=] {
+      if (dawdle) {
+        emulated::after_barrier = [random = std::mt19937(rank)]() mutable {
+          if (random() % 8 == 0) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(random() % 4));
+          }
+        };
+      }
+      body(rank);
     });
   }
   for (std::thread& thread : threads) {
@@ -191,28 +203,33 @@ std::vector<State> make_ranks(const Deal& deal, int count) {
 const std::vector<int64_t> kSeveral{7, 513, 1, 1000, 512, 2 * 512, 129, 1500, 511};
 
 void test_equals_messages(CodecId codec, DType dtype, int count, bool is_whole, bool has_feedback) {
-  const std::vector<std::vector<int64_t>> calls{kSeveral, {5}, {600, 700, 800, 900}, {}, kSeveral};
+  const std::vector<std::vector<int64_t>> sizes{{5}, {600, 700, 800, 900}, kSeveral, {}, {2, 1030}, {9, 4000, 3000, 3500}, {700}};
+  std::vector<Deal> deals;
+  std::vector<std::vector<State>> ranks, expected;
   int64_t bytes = 0;
-  for (const std::vector<int64_t>& numels : calls) {
-    bytes =
-        std::max(bytes, accel::peer_memory_bytes(is_whole ? 1 : count, deal(codec, dtype, count, is_whole, numels).stride_bytes));
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    deals.push_back(deal(codec, dtype, count, is_whole, sizes[i]));
+    bytes = std::max(bytes, accel::peer_memory_bytes(is_whole ? 1 : count, deals[i].stride_bytes));
+    ranks.push_back(make_ranks(deals[i], count));
+    fill(ranks[i], dtype, i == 2, i);
+    expected.push_back(ranks[i]);
+    expect(deals[i], expected[i], static_cast<float>(count), has_feedback);
   }
   Shared shared(count, bytes);
-  for (size_t call = 0; call < calls.size(); ++call) {
-    const Deal dealt = deal(codec, dtype, count, is_whole, calls[call]);
-    std::vector<State> ranks = make_ranks(dealt, count);
-    fill(ranks, dtype, call == 4, call);
-    std::vector<State> expected = ranks;
-    run(dealt, ranks, shared, static_cast<float>(count), has_feedback, kLongSeconds, count);
-    expect(dealt, expected, static_cast<float>(count), has_feedback);
+  on_ranks(count, true, [&](int rank) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      call(deals[i], rank, ranks[i][rank], shared, static_cast<float>(count), has_feedback, kLongSeconds);
+    }
+  });
+  for (size_t i = 0; i < sizes.size(); ++i) {
     for (int rank = 0; rank < count; ++rank) {
       const std::string what = "codec " + std::to_string(static_cast<int>(codec)) + ", dtype " +
                                std::to_string(static_cast<int>(dtype)) + ", rank " + std::to_string(rank) + " of " +
                                std::to_string(count) + (is_whole ? ", whole" : "") + (has_feedback ? ", feedback" : "") +
-                               ", call " + std::to_string(call);
-      CHECK(ranks[rank].tensor.difference(expected[rank].tensor) < 0, what << ": the tensor differs");
-      CHECK(ranks[rank].worker.difference(expected[rank].worker) < 0, what << ": the worker's residuals differ");
-      CHECK(ranks[rank].server.difference(expected[rank].server) < 0, what << ": the server's residuals differ");
+                               ", call " + std::to_string(i);
+      CHECK(ranks[i][rank].tensor.difference(expected[i][rank].tensor) < 0, what << ": the tensor differs");
+      CHECK(ranks[i][rank].worker.difference(expected[i][rank].worker) < 0, what << ": the worker's residuals differ");
+      CHECK(ranks[i][rank].server.difference(expected[i][rank].server) < 0, what << ": the server's residuals differ");
       CHECK(shared.failures[rank] == 0, what << ": failed");
     }
   }
@@ -225,10 +242,32 @@ void test_large() {
   std::vector<State> ranks = make_ranks(dealt, 2);
   fill(ranks, DType::kBFloat16, true, 3);
   std::vector<State> expected = ranks;
-  run(dealt, ranks, shared, 2.0f, false, kLongSeconds, 2);
+  on_ranks(2, false, [&](int rank) { call(dealt, rank, ranks[rank], shared, 2.0f, false, kLongSeconds); });
   expect(dealt, expected, 2.0f, false);
   CHECK(ranks[0].tensor.difference(expected[0].tensor) < 0 && ranks[1].tensor.difference(expected[1].tensor) < 0,
         "a large tensor differs");
+}
+
+// How many of the plan's elements are NaN; the others must be as expected.
+int64_t count_nan(const Deal& deal, State& state, State& expected, const char* what) {
+  const float* values = reinterpret_cast<float*>(state.tensor.data());
+  const float* means = reinterpret_cast<float*>(expected.tensor.data());
+  int64_t count = 0;
+  for (const accel::Segment& segment : deal.everything.segments()) {
+    for (int64_t i = segment.tensor_offset; i < segment.tensor_offset + segment.numel; ++i) {
+      count += std::isnan(values[i]);
+      CHECK(std::isnan(values[i]) || values[i] == means[i], what << ": element " << i << " is " << values[i]);
+    }
+  }
+  return count;
+}
+
+int64_t numel_of(const Deal& deal) {
+  int64_t numel = 0;
+  for (const accel::Segment& segment : deal.everything.segments()) {
+    numel += segment.numel;
+  }
+  return numel;
 }
 
 // A rank that does not come: all others end, say who was missing, and their tensors are NaN, in this call and in later ones, even
@@ -239,18 +278,46 @@ void test_missing_rank() {
   std::vector<State> ranks = make_ranks(dealt, 3);
   for (const int num_coming : {2, 3}) {
     fill(ranks, DType::kFloat32, false, 5);
-    run(dealt, ranks, shared, 3.0f, false, kShortSeconds, num_coming);
+    on_ranks(num_coming, false, [&](int rank) { call(dealt, rank, ranks[rank], shared, 3.0f, false, kShortSeconds); });
     for (int rank = 0; rank < 2; ++rank) {
       CHECK(shared.failures[rank] == 3, "rank " << rank << " missed " << shared.failures[rank] - 1);
-      for (const accel::Segment& segment : dealt.everything.segments()) {
-        for (int64_t i = 0; i < segment.numel; ++i) {
-          const float value = reinterpret_cast<float*>(ranks[rank].tensor.data())[segment.tensor_offset + i];
-          CHECK(std::isnan(value), "rank " << rank << " has " << value << " though a rank is missing");
-        }
-      }
+      CHECK(count_nan(dealt, ranks[rank], ranks[rank], "a rank is missing") == numel_of(dealt), "some elements are not NaN");
     }
   }
   CHECK(shared.failures[2] != 0, "the late rank goes on");
+}
+
+// One thread block of a rank that is late: its namesakes fail, others may have come to their end. No element stays what it was.
+void test_late_thread_block() {
+  const Deal dealt = deal(CodecId::kInt8, DType::kFloat32, 3, false, {6000, 6000, 6000, 5000});
+  Shared shared(3, accel::peer_memory_bytes(3, dealt.stride_bytes));
+  reinterpret_cast<uint32_t*>(shared.memory[1].data() + accel::kPeerFlagsBytes)[2] = 0xFFFFFFF0u;  // it tells old rounds
+  std::vector<State> ranks = make_ranks(dealt, 3);
+  fill(ranks, DType::kFloat32, false, 6);
+  std::vector<State> expected = ranks;
+  expect(dealt, expected, 3.0f, false);
+  on_ranks(3, false, [&](int rank) { call(dealt, rank, ranks[rank], shared, 3.0f, false, kShortSeconds); });
+  for (const int rank : {0, 2}) {
+    const int64_t num_nan = count_nan(dealt, ranks[rank], expected[rank], "a thread block is late");
+    CHECK(0 < num_nan && num_nan < numel_of(dealt), num_nan << " elements are NaN");
+    CHECK(shared.failures[rank] == 2, "rank " << rank << " missed " << shared.failures[rank] - 1);
+  }
+}
+
+// The host ends a wait.
+void test_host_ends_it() {
+  const Deal dealt = deal(CodecId::kNone, DType::kFloat32, 2, false, kSeveral);
+  Shared shared(2, accel::peer_memory_bytes(2, dealt.stride_bytes));
+  std::vector<State> ranks = make_ranks(dealt, 2);
+  fill(ranks, DType::kFloat32, false, 7);
+  std::thread host([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    __atomic_store_n(&shared.failures[0], -1, __ATOMIC_RELEASE);
+  });
+  on_ranks(1, false, [&](int rank) { call(dealt, rank, ranks[rank], shared, 2.0f, false, kLongSeconds); });
+  host.join();
+  CHECK(shared.failures[0] == -1, "it went on to the end of its time: " << shared.failures[0]);
+  CHECK(count_nan(dealt, ranks[0], ranks[0], "ended by the host") == numel_of(dealt), "some elements are not NaN");
 }
 
 }  // namespace
@@ -271,5 +338,7 @@ int main() {
   }
   test_large();
   test_missing_rank();
+  test_late_thread_block();
+  test_host_ends_it();
   return check::report("test_peers_emulated");
 }

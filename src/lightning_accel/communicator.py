@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -142,6 +142,19 @@ Stage = tuple[Lane, Callable[[], None]]
 """A procedure, and the lane it runs in."""
 
 
+class Watched(Protocol):
+    """Communication that enqueues itself on a GPU, where no call of ours hears of its failure."""
+
+    def check(self) -> None:
+        """Raises if it has failed; does not wait."""
+
+    def abort(self) -> None:
+        """Lets it fail, on this rank; does not wait."""
+
+    def close(self) -> None:
+        """Waits for what is under way, and ends it."""
+
+
 class _Task:
     """One tensor's communication: `future` delivers the tensor once it is overwritten, or as it is after a failure."""
 
@@ -188,6 +201,7 @@ class Communicator:
         self._uses_threads = device.type == "cpu" or backend_of(parent, device) == "gloo"
         self._lanes: list[Lane] = []
         self._owned: list[dist.ProcessGroup] = []
+        self._watched: list[Watched] = []
 
         self._full_precision_bytes = 0
         self._communication_seconds = 0.0
@@ -382,8 +396,28 @@ class Communicator:
         self._exposed_seconds += time.perf_counter() - started
         self.check()
 
+    def watch(self, watched: Watched) -> None:
+        """Looks at it in each `check` from now on, and ends it with everything else."""
+        self._watched.append(watched)
+
+    def settle(self) -> None:
+        """Waits for what is watched, so that nothing is evaluated or saved that has failed on a GPU meanwhile.
+
+        Raises:
+            CommunicationError: if it has failed.
+        """
+        if self._watched:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.check()
+
     def check(self) -> None:
         """Raises CommunicationError if communication has failed."""
+        for watched in self._watched:
+            try:
+                watched.check()
+            except Exception as error:
+                self._fail(error, "an all_reduce")
         if self._failure is not None:
             # A new object each time: one that is raised again drags its old traceback along.
             raise CommunicationError(*self._failure.args) from self._failure.__cause__
@@ -517,6 +551,8 @@ class Communicator:
                     self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
+        for watched in self._watched:
+            watched.abort()
         for task in pending:
             task.deliver()
 
@@ -527,6 +563,9 @@ class Communicator:
         self._destroy_groups()
 
     def _destroy_groups(self) -> None:
+        while self._watched:
+            with contextlib.suppress(Exception):
+                self._watched.pop().close()
         # Nothing may keep the groups from here on. Connections close with the last reference; and one dropped by a callback,
         # on a thread of the group itself, would wait for that thread.
         for lane in self._lanes:

@@ -6,10 +6,11 @@ by flags in that memory how far they are (native/include/lightning_accel/peer_al
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from lightning_accel.collectives import Feedback, Group, TwoShotPlan
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import _SymmetricMemory
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -42,22 +45,27 @@ class PeerMemory:
     def __init__(self, group: Group, memory: torch.Tensor, mapping: _SymmetricMemory, timeout: timedelta) -> None:
         self._group = group
         self._memory = memory
-        self._mapping = mapping
+        self._mapping: _SymmetricMemory | None = mapping
         self._addresses = list(mapping.buffer_ptrs)
         self._timeout = timeout
-        # The kernel writes here, and the host looks without waiting for the GPU.
+        # Kernels write here and the host looks without waiting for the GPU, or the other way round.
         self._failure = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
 
     def all_reduce(self, tensor: torch.Tensor, plan: TwoShotPlan, *, divisor: float, feedback: Feedback | None = None) -> None:
         """As `compressed_all_reduce`, enqueued on the current stream of the tensor's device. Collective.
 
-        If a rank does not come in time, `tensor` becomes NaN, then and ever after, and later calls raise.
+        If a rank does not come in time, what was not summed becomes NaN, then and ever after, and `check` raises.
 
         Raises:
             TimeoutError: if an earlier all_reduce has failed by now.
         """
         self.check()
-        device = tensor.device
+        device = self._memory.device
+        if tensor.dtype != plan.everything.dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != device:
+            raise ValueError(
+                f"the tensor must be one-dimensional, contiguous, {plan.everything.dtype} on {device}: got {tensor.dtype} of "
+                f"shape {tuple(tensor.shape)} on {tensor.device}"
+            )
         with torch.cuda.device(device):
             _native.peer_all_reduce(
                 plan.everything.native,
@@ -84,10 +92,20 @@ class PeerMemory:
     def check(self) -> None:
         """Raises TimeoutError if a rank did not come to an all_reduce; does not wait for the GPU."""
         if missing := int(self._failure[0]):
-            raise TimeoutError(
-                f"rank {missing - 1} of {self._group.world_size} did not come to an all_reduce within "
-                f"{self._timeout.total_seconds():.0f} s"
-            )
+            who = f"rank {missing - 1} of {self._group.world_size}" if missing > 0 else "this rank"
+            raise TimeoutError(f"{who} did not come to an all_reduce within {self._timeout.total_seconds():.0f} s, or was ended")
+
+    def abort(self) -> None:
+        """Ends this rank's waits; on a GPU within moments."""
+        if not self._failure[0]:
+            self._failure[0] = -1
+
+    def close(self) -> None:
+        """Gives the memory back, after what is under way. Not collective; nothing may come after it."""
+        if self._mapping is not None and self._memory.is_cuda:
+            torch.cuda.synchronize(self._memory.device)
+        self._mapping = None
+        self._memory = self._memory[:0].clone()
 
 
 def open_peer_memory(
@@ -107,20 +125,24 @@ def open_peer_memory(
     process_group = group.process_group
     assert process_group is not None
     devices: list[int | None] = [None] * group.world_size
-    dist.all_gather_object(devices, device.index, group=process_group)
-    reason = _agree(_obstacle(group, plans[0].everything.codec, device, devices, is_one_node=is_one_node), process_group)
-    made = None
+    memory = mapping = None
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        dist.all_gather_object(devices, device.index, group=process_group)
+        reason = _agree(_obstacle(group, plans[0].everything.codec, device, devices, is_one_node=is_one_node), process_group)
+        # One step after the other: all ranks must come to torch's rendezvous, or none.
+        if reason is None:
+            memory, reason = _try(_allocate, num_bytes, device)
+            reason = _agree(reason, process_group)
+        if reason is None:
+            mapping, reason = _try(_map, memory, process_group)
+            reason = _agree(reason, process_group)
     if reason is None:
-        try:
-            made = PeerMemory(group, *_map(num_bytes, device, process_group), timeout)
-        except RuntimeError as error:  # as torch says it: ranks see one GPU under several numbers, a driver that is too old ...
-            reason = str(error).splitlines()[0]
-        reason = _agree(reason, process_group)
-    if reason is not None:
-        if group.rank == 0:
-            _log.warning("no memory is shared between GPUs, so codes travel as messages: %s", reason)
-        return None
-    return made
+        assert memory is not None
+        assert mapping is not None
+        return PeerMemory(group, memory, mapping, timeout)
+    if group.rank == 0:
+        _log.warning("no memory is shared between GPUs, so codes travel as messages: %s", reason)
+    return None
 
 
 def _obstacle(group: Group, codec: str, device: torch.device, devices: list[int | None], *, is_one_node: bool) -> str | None:
@@ -133,21 +155,37 @@ def _obstacle(group: Group, codec: str, device: torch.device, devices: list[int 
     if codec not in CODECS:
         return f"the codec is {codec}, not {' or '.join(CODECS)}"
     for rank, other in enumerate(devices):
-        if other not in (None, device.index) and not torch.cuda.can_device_access_peer(device, other):
+        if other in (None, device.index):
+            continue
+        if other >= torch.cuda.device_count() or not torch.cuda.can_device_access_peer(device, other):
             return f"rank {group.rank}'s GPU cannot read rank {rank}'s memory"
     return None
 
 
-def _map(num_bytes: int, device: torch.device, process_group: dist.ProcessGroup) -> tuple[torch.Tensor, _SymmetricMemory]:
-    """This rank's memory, with all flags down, and every rank's as it is mapped here. Collective."""
+def _allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that can be mapped, with all flags down."""
     from torch._C._distributed_c10d import _SymmetricMemory
-    from torch.distributed._symmetric_memory import rendezvous
 
     # An allocation of its own: torch's `empty` for shared memory may take a part of another one.
-    memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+    memory: torch.Tensor = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     memory[: _native.PEER_MESSAGES_OFFSET].zero_()
     torch.cuda.synchronize(device)
-    return memory, rendezvous(memory, process_group.group_name)
+    return memory
+
+
+def _map(memory: torch.Tensor, process_group: dist.ProcessGroup) -> _SymmetricMemory:
+    """Every rank's memory in this process. Collective."""
+    from torch.distributed._symmetric_memory import rendezvous  # registers operators, so only where it is needed
+
+    return rendezvous(memory, process_group.group_name)
+
+
+def _try(function: Callable[..., _T], *arguments: Any) -> tuple[_T | None, str | None]:
+    """What a function gives, or why it fails: torch has no memory, sees one GPU under several numbers, a driver is too old ..."""
+    try:
+        return function(*arguments), None
+    except RuntimeError as error:
+        return None, str(error).splitlines()[0]
 
 
 def _agree(reason: str | None, process_group: dist.ProcessGroup) -> str | None:

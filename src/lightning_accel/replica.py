@@ -120,11 +120,12 @@ class Replica:
         """Makes all ranks' weights equal. Collective; nothing after a close that has left them equal.
 
         Raises:
-            RuntimeError: if they may differ and communication has ended.
+            RuntimeError: if they may differ and communication has ended, or has failed.
         """
         if not self._is_closed:
             self._end_skipped_round()
             self.algorithm.consensus()
+            self.communicator.settle()
             self._may_differ = False
         elif self._may_differ:
             raise RuntimeError(

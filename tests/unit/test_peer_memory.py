@@ -13,6 +13,8 @@ import torch.distributed as dist
 import lightning_accel as accel
 from helpers.ranks import run_ranks
 from lightning_accel import _native, codecs
+from lightning_accel.algorithms import bucket_plans
+from lightning_accel.collectives import Scratch, compressed_all_reduce
 
 PLAN = codecs.Plan("int8", torch.float32, [0], [1000])
 ROOM = _native.peer_memory_bytes(2, PLAN.wire_bytes)
@@ -52,7 +54,8 @@ def arguments(**changed):
         ({"own": codecs.Plan("none", torch.float32, [0], [1]).native}, "one codec and dtype"),
         ({"stride_bytes": PLAN.wire_bytes - 16}, "do not hold"),
         ({"stride_bytes": PLAN.wire_bytes + 8}, "do not hold"),
-        ({"memory_bytes": ROOM - 1}, f"at least {ROOM} bytes, got {ROOM - 1}"),
+        ({"memory_bytes": ROOM - 16}, f"at least {ROOM} bytes, got {ROOM - 16}"),
+        ({"memory_bytes": ROOM + 8}, "a multiple of 16 bytes"),
         ({"numel": 999}, "at least 1000 elements, got 999"),
         ({"tensor": 0}, "at least 1000 elements"),
         ({"worker": (16, 0, 1000)}, "need both memories"),
@@ -73,6 +76,97 @@ def test_a_build_without_cuda_says_so():
     """Catches checks that refuse what is right."""
     with pytest.raises(ValueError, match="no CUDA kernels"):
         _native.peer_all_reduce(**arguments())
+
+
+@pytest.mark.skipif(_native.CUDA_ARCHITECTURES != "", reason="this build has CUDA kernels: the addresses would be used")
+def test_a_rank_that_sums_nothing_needs_no_residuals_there():
+    """Catches a rank without blocks that is refused alone, while the others wait for it."""
+    with pytest.raises(ValueError, match="no CUDA kernels"):
+        _native.peer_all_reduce(**arguments(worker=(16, 16, 1000), own=codecs.Plan("int8", torch.float32, [], []).native))
+
+
+class ByMessages:
+    """In the place of shared memory: the same all_reduce by messages, and a failure after `limit` of them."""
+
+    def __init__(self, group, limit):
+        self.group, self.limit = group, limit
+        self.calls = self.aborts = self.closes = 0
+
+    def all_reduce(self, tensor, plan, *, divisor, feedback=None):
+        self.calls += 1
+        compressed_all_reduce(tensor, plan, self.group, Scratch(), divisor=divisor, feedback=feedback)
+
+    def check(self):
+        if self.calls > self.limit:
+            raise TimeoutError("rank 1 of 2 did not come")
+
+    def abort(self):
+        self.aborts += 1
+
+    def close(self):
+        self.closes += 1
+
+
+def train_with(rank, n, algorithm, limit):
+    """Steps by messages, and by what stands in for shared memory; whether weights agree, and what happened to the latter."""
+    made = []
+
+    def stand_in(group, plans, device, timeout, *, is_one_node):
+        assert is_one_node
+        assert timeout.total_seconds() > 0
+        assert max(plan.stride_bytes for plan in plans) >= 3 * 600
+        made.append(ByMessages(group, limit))
+        return made[0]
+
+    bucket_plans.open_peer_memory = stand_in
+    weights, failure = [], ""
+    for variable in (None, "1"):
+        if variable:
+            os.environ["LIGHTNING_ACCEL_PEER_MEMORY"] = variable
+        try:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(600, 3 * n), torch.nn.Linear(3 * n, 2))
+            optimizer = (
+                accel.QAdam(model.parameters(), warmup_steps=2)
+                if algorithm == "qadam"
+                else torch.optim.SGD(model.parameters(), 0.1)
+            )
+            options = {"codec": "int8", "error_feedback": True, "bucket_cap_mb": 0.001}
+            with accel.wrap(model, optimizer, algorithm, **options) as ddp:
+                for step in range(6):
+                    optimizer.zero_grad()
+                    ddp(torch.randn(4, 600, generator=torch.Generator().manual_seed(100 * rank + step))).sum().backward()
+                    optimizer.step()
+                ddp.replica.consensus()
+        except accel.CommunicationError as error:
+            failure = str(error)
+        finally:
+            os.environ.pop("LIGHTNING_ACCEL_PEER_MEMORY", None)
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+        dist.barrier()
+    same = all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    return same, failure, made[0].calls, made[0].aborts, made[0].closes
+
+
+@pytest.mark.parametrize("algorithm", ["bytegrad", "qadam"])
+def test_buckets_take_it(algorithm):
+    """Catches an algorithm that passes shared memory by, or does not know how many steps it takes."""
+    for same, failure, calls, aborts, closes in run_ranks(train_with, 2, algorithm, 1000):
+        assert same
+        assert failure == ""
+        assert calls >= 4
+        assert (aborts, closes) == (0, 1)
+
+
+def test_its_failure_ends_training():
+    """Catches a failure on a GPU that nobody looks for, in the last step too, and kernels that go on waiting."""
+    for limit in (0, 3):
+        for same, failure, calls, aborts, closes in run_ranks(train_with, 2, "bytegrad", limit):
+            assert not same
+            assert "TimeoutError: rank 1 of 2 did not come" in failure
+            assert calls == limit + 1
+            assert aborts >= 1
+            assert closes == 1
 
 
 class Messages(logging.Handler):

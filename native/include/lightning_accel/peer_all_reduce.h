@@ -14,7 +14,9 @@
 //   rounds:   kMostThreadBlocks x 4 bytes; what thread block b last told the others
 //   failed:   16 bytes; the first 4 are not 0 once a wait took too long
 //   messages: num_messages x stride_bytes; codes for each owner, or for all in one where every rank sums all
-//   means:    stride_bytes; codes of what this rank summed
+//   ...
+//   means:    the last stride_bytes; codes of what this rank summed. At the end, because others may still read those of a call
+//             when this rank writes the next one's messages, whatever their sizes
 //
 // The flags only grow: nobody takes one back, so a rank that is early by a round cannot be missed. Before the first call all of
 // it, up to the messages, must be zero on every rank.
@@ -36,6 +38,7 @@ constexpr int64_t kPeerMessagesOffset = kPeerFlagsBytes + kPeerRoundsBytes + 16;
 // The ranks' memory, as this process sees it.
 struct Peers {
   uint8_t* memory[kMostPeers];
+  int64_t memory_bytes;  // of each, a multiple of 16, as much as the largest of all calls needs
   int count;
   int rank;
 };
@@ -48,7 +51,7 @@ struct PeerMessages {
   bool is_whole;  // every rank sums all blocks: there is one message
 };
 
-// Bytes that each rank's memory must have.
+// Bytes that each rank's memory must have at least.
 inline int64_t peer_memory_bytes(int num_messages, int64_t stride_bytes) {
   return kPeerMessagesOffset + (num_messages + 1) * stride_bytes;
 }
@@ -57,9 +60,11 @@ inline int64_t peer_memory_bytes(int num_messages, int64_t stride_bytes) {
 namespace cuda {
 
 // tensor <- (sum of the ranks' tensors) / divisor, coded twice by the plan's codec, int8 or none. Enqueued on `stream` of the
-// current device; all ranks do so in the same order, one call at a time in each memory. `*_segments` are the plans' segments on
-// the device. No rank goes on before all have come, but for at most `timeout_seconds` at each of the two waits: then, and in all
-// later calls, `tensor` becomes NaN and *failure, in memory that the host can read, 1 + the rank that was missing.
+// current device; all ranks do so in the same order, one call at a time in each memory.
+//
+// No rank goes on before all have come, but for at most `timeout_seconds` at each of the two waits, or until *failure, a word in
+// memory that the host shares, is not 0. Then it becomes 1 + the rank that was missing, the elements that were not summed become
+// NaN, and so do all in later calls.
 // @throws std::runtime_error when the launch is refused, std::invalid_argument on another codec.
 void all_reduce_peers(const PeerMessages& messages, const Segment* everything_segments, const Segment* own_segments, void* tensor,
                       const Peers& peers, float divisor, const Residuals& worker, const Residuals& server, int32_t* failure,

@@ -72,6 +72,9 @@ struct ThreadBlock {
 };
 inline thread_local ThreadBlock block;
 
+// Called on this GPU whenever a thread block has passed a barrier: tests delay some there.
+inline thread_local std::function<void()> after_barrier;
+
 inline void require(bool condition, const char* what) {
   if (!condition) {
     std::fprintf(stderr, "emulated CUDA: %s, thread %d of thread block %u\n", what, block.current, blockIdx.x);
@@ -100,6 +103,9 @@ inline bool meet_all(bool mine) {
   barrier.all_true = (barrier.arrived++ == 0 || barrier.all_true) && mine;
   while (barrier.passed == passed) {
     yield();
+  }
+  if (block.current == 0 && after_barrier) {
+    after_barrier();
   }
   return barrier.result;
 }

@@ -142,7 +142,10 @@ class BucketPlans:
             places = [(place, 0) for place, p in enumerate(self._parameters) if p.requires_grad and p.dtype == dtype]
             plans.append(TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank))
         is_one_node = len(communicator.topology.nodes) == 1
-        return open_peer_memory(group, plans, self._device, communicator.timeout, is_one_node=is_one_node)
+        peers = open_peer_memory(group, plans, self._device, communicator.timeout, is_one_node=is_one_node)
+        if peers is not None:
+            communicator.watch(peers)
+        return peers
 
     def _residual_ranges(self, parameter: int) -> Iterator[tuple[str, int, int]]:
         """Where a parameter's residuals are: the kind, the first one, how many."""
@@ -175,11 +178,12 @@ class BucketPlans:
         return TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank)
 
     def _steps(self, gradients: torch.Tensor, bucket: _Bucket, divisor: int) -> Steps:
-        plan, first, second = bucket.plan, *self._lanes[:2]
+        plan = bucket.plan
         feedback = self._feedback.take() if self._feedback is not None else None
         if self._peers is not None:
             assert isinstance(plan, TwoShotPlan)
             return [partial(self._peers.all_reduce, gradients, plan, divisor=divisor, feedback=feedback)]
+        first, second = self._lanes[:2]
         if isinstance(plan, TwoShotPlan):
             groups = first.group, first.group if plan.is_whole else second.group
             return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor, feedback=feedback)
