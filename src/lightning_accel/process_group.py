@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_accel.collectives import backend_of
 from lightning_accel.connections import open_sockets, watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
@@ -90,6 +91,10 @@ def init_process_group(
     if store is None:
         store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    assert dist.group.WORLD is not None
+    if backend_of(dist.group.WORLD, torch.device("cpu")) == "gloo":
+        # A rank that leaves at once would cut off those that still connect.
+        dist.all_reduce(torch.zeros(1))
     watch_connections(others)
     _joined.append(found)
     return found
