@@ -19,8 +19,6 @@ import lightning_accel
 import lightning_accel_autoload
 from lightning_accel import AccelStrategy
 
-pytestmark = pytest.mark.timeout(240)  # three interpreters import Lightning
-
 BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
