@@ -62,6 +62,7 @@ def init_process_group(
 
     Raises:
         ValueError: for missing or contradictory arguments or variables; names them.
+        TypeError: for a timeout that is no timedelta.
         RuntimeError: if there is a default group already.
 
     Example:
@@ -70,6 +71,10 @@ def init_process_group(
     """
     if dist.is_initialized():
         raise RuntimeError("torch.distributed has a default process group already; destroy_process_group() ends it")
+    if backend is not None:
+        _check_backend(backend)
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=5): got {timeout!r}")
     if store is not None:
         host = "the store given"
     found = detect(
@@ -168,6 +173,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--world-size", type=int, help="number of processes; needs --rank")
     group.add_argument("--host", help="name or address of rank 0 (default: MASTER_ADDR, or what the launcher tells)")
     group.add_argument("--port", type=int, help="where ranks meet (default: MASTER_PORT, else 29500)")
+
+
+def _check_backend(backend: str) -> None:
+    """Before anybody waits for others; what torch says of a wrong name, it says after they have met."""
+    for part in backend.lower().split(","):
+        if part.rpartition(":")[2] not in dist.Backend.backend_list:
+            known = ", ".join(dist.Backend.backend_list[1:])
+            raise ValueError(f"backend must be one of {known}, or a list such as cpu:gloo,cuda:nccl: got {backend!r}")
 
 
 def _meet(found: Environment, timeout: timedelta, *, at_agent: bool) -> Store:

@@ -111,6 +111,8 @@ def wrap_models(rank, world_size):
     torch.testing.assert_close(model.weight, before[0] - 0.5 * mean.expand(2, 3))
 
     ddp = accel.wrap(model, [optimizer], device_ids=None)
+    with pytest.raises(TypeError, match="not wrapped yet: got AccelDataParallel"):
+        accel.wrap(ddp, optimizer)
     assert ddp.replica.communicator.name == "gradient_allreduce"
     assert accel.unwrap(ddp) is model
     assert not own_threads()
@@ -164,6 +166,31 @@ def wrap_models(rank, world_size):
 def test_wrap_trains_and_unwrap_gives_the_model_back():
     """Catches accumulation that is not averaged, options that reach the wrong one of two, and threads that are left."""
     assert run_ranks(wrap_models, 2) == [True] * 2
+
+
+def test_wrong_arguments_are_refused_before_anybody_waits(tmp_path):
+    """Catches a wait for other ranks, half an hour by default, or an error from inside of torch, for a slip of the pen."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    two = {"rank": 0, "world_size": 2}
+    for options, error, message in (
+        ({"backend": "glo"}, ValueError, "backend must be one of .*gloo.*: got 'glo'"),
+        ({"backend": "cpu:gloo,cuda:ncl"}, ValueError, "got 'cpu:gloo,cuda:ncl'"),
+        ({"timeout": 30}, TypeError, "timeout must be a datetime.timedelta.*: got 30"),
+        ({"port": 99999}, ValueError, "port must be from 1 to 65535: got 99999"),
+    ):
+        with pytest.raises(error, match=message):
+            accel.init_process_group(**two | options)
+    for arguments, message in (
+        ((model, "bytegrad"), "the optimizer, or all of them, after the model: got str"),
+        ((model, model.parameters()), "got Parameter"),
+        ((optimizer, model), "a model that is not wrapped yet: got SGD"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            accel.wrap(*arguments)
+    for use in (accel.unwrap, partial(accel.save_checkpoint, tmp_path / "a.pt"), partial(accel.load_checkpoint, tmp_path / "a.pt")):
+        with pytest.raises(TypeError, match=r"what lightning_accel.wrap has returned is needed: got Linear"):
+            use(model)
 
 
 def save_models(rank, world_size, folder):
