@@ -188,7 +188,11 @@ def test_wrong_arguments_are_refused_before_anybody_waits(tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             accel.wrap(*arguments)
-    for use in (accel.unwrap, partial(accel.save_checkpoint, tmp_path / "a.pt"), partial(accel.load_checkpoint, tmp_path / "a.pt")):
+    for use in (
+        accel.unwrap,
+        partial(accel.save_checkpoint, tmp_path / "a.pt"),
+        partial(accel.load_checkpoint, tmp_path / "a.pt"),
+    ):
         with pytest.raises(TypeError, match=r"what lightning_accel.wrap has returned is needed: got Linear"):
             use(model)
 

@@ -37,7 +37,8 @@ if sys.argv[1] in ("fail", "wait"):
     print("pid", os.getpid(), flush=True)
     open("rank 0 has said who it is", "w").close()
     time.sleep(120)
-print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("TOKEN"), os.getcwd(), sys.argv[1:]]), flush=True)
+print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("TOKEN"), os.environ["OMP_NUM_THREADS"],
+                  os.getcwd(), sys.argv[1:]]), flush=True)
 """
 
 
@@ -51,11 +52,10 @@ def start(tmp_path, port):
     (tmp_path / "a script.py").write_text(SCRIPT)
     started = []
 
-    def start(*words, hosts="one:22,two:2222", variables=()):
+    def start(*words, hosts="one:22,two:2222", variables=(), options=()):
         command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
         command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        for variable in variables:
-            command += ["--env", variable]
+        command += [*options, *(word for variable in variables for word in ("--env", variable))]
         environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
         environment = programs.ENVIRONMENT | environment
         started.append(programs.start(*command, "a script.py", *words, env=environment, start_new_session=True))
@@ -70,14 +70,14 @@ def start(tmp_path, port):
 def test_words_arrive_unchanged_and_secrets_stand_in_no_command_line(start, tmp_path):
     """Catches a shell on the way that takes words apart or executes them, and variables that `ps` shows."""
     words = ["--", "ok", "two words", "$(touch hacked)", "a;b", "'\"", "line\nbreak", "ü", "--workdir", "-x", "`id`", "--"]
-    process = start(*words, variables=["TOKEN", "OTHER=1"])
+    process = start(*words, variables=["TOKEN", "OTHER=1"], options=["--omp-threads", "3"])
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     lines = sorted(output.splitlines())
     for rank, (host, line) in enumerate(zip(("one", "two"), lines, strict=True)):
         prefix, _, said = line.partition("] [rank ")
         assert prefix == f"[{host}"
-        assert json.loads(said.partition("] ")[2]) == [str(rank), "2", "secret;$(id)\n'\"", str(tmp_path), words]
+        assert json.loads(said.partition("] ")[2]) == [str(rank), "2", "secret;$(id)\n'\"", "3", str(tmp_path), words]
     seen = (tmp_path / "ssh.log").read_text()
     assert "secret" not in seen
     assert "a script" not in seen
@@ -116,6 +116,37 @@ def test_a_host_that_cannot_be_reached_ends_all(start):
     assert process.returncode == 255
     assert "[unreachable] ssh: connect to host unreachable" in errors
     assert "lightning-accel ssh-run: unreachable could not be reached by ssh" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ["--workdir", "/no/such/folder"],
+            1,
+            "[one] lightning-accel ssh-run: cannot start here: [Errno 2] No such file or directory",
+        ),
+        (["--python", "/no/such/python"], 127, "lightning-accel ssh-run: one failed first, with exit code 127"),
+    ],
+    ids=["workdir", "python"],
+)
+def test_what_a_host_lacks_is_one_line(start, options, code, message):
+    """Catches the traceback of a process that the user does not know of."""
+    process = start("wait", hosts="one", options=options)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == code
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_without_ssh_it_says_so():
+    """Catches a traceback."""
+    words = (sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", "one", "x.py")
+    done = programs.run(*words, variables={"PATH": "/nowhere"})
+    assert (done.returncode, done.stderr) == (
+        1,
+        "lightning-accel ssh-run: there is no ssh on PATH here: install OpenSSH's client\n",
+    )
 
 
 @pytest.mark.parametrize(
