@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ PATIENCE_SECONDS = 2.0
 """How long what was ended may take to disappear."""
 
 torch.set_num_threads(1)  # small tensors, and cores to share
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore Ctrl-C
 
 POOLS = ("pydevd", "ThreadPoolExecutor", "asyncio", "QueueFeederThread")
 """Beginnings of the names of threads that libraries keep for good."""
