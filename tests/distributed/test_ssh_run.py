@@ -196,8 +196,8 @@ def ssh_hosts(tmp_path):
     with two_hosts("10.79.0") as made:
         try:
             for host, port in zip(made, (22, 2222), strict=True):
-                options = [f"Port={port}", f"ListenAddress={host.address}", f"HostKey={tmp_path / 'host'}", "PidFile=none"]
-                options += [f"AuthorizedKeysFile={tmp_path / 'user.pub'}", "StrictModes=no", "UsePAM=no"]
+                options = [f"Port={port}", f"ListenAddress={host.address}", f'HostKey="{tmp_path}/host"', "PidFile=none"]
+                options += [f'AuthorizedKeysFile="{tmp_path}/user.pub"', "StrictModes=no", "UsePAM=no"]
                 options += ["PermitRootLogin=prohibit-password"]
                 words = host.inside(sshd, "-D", "-e", "-f", "/dev/null", *(word for o in options for word in ("-o", o)))
                 log = tmp_path / f"sshd{port}.log"
@@ -220,7 +220,7 @@ def ssh_run(ssh_hosts, *words):
     command = [*first.inside(sys.executable), "-m", "lightning_accel.launch.cli", "ssh-run", "--workdir", folder]
     command += ["--host-list", f"{first.address}:22,{second.address}:2222", "--env", "PYTHONPATH", "--interface", DEVICE]
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
-    for option in (f"IdentityFile={folder / 'user'}", "IdentitiesOnly=yes", *options):
+    for option in (f'IdentityFile="{folder}/user"', "IdentitiesOnly=yes", *options):
         command += ["--ssh-option", option]
     return programs.start(*command, *words)
 
