@@ -6,20 +6,24 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import random
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.programs import reserved_port
 from helpers.ranks import OTHERS_VARIABLES
 
 PATIENCE_SECONDS = 2.0
 """How long what was ended may take to disappear."""
 
 torch.set_num_threads(1)  # small tensors, and cores to share
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore Ctrl-C
 
 POOLS = ("pydevd", "ThreadPoolExecutor", "asyncio", "QueueFeederThread")
 """Beginnings of the names of threads that libraries keep for good."""
@@ -70,12 +74,19 @@ def _no_process_group_left():
     assert not left, "the test left the default process group"
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where the ranks of a test's program may meet."""
+    with reserved_port() as reserved:
+        yield reserved
+
+
 def _children() -> set[int]:
     """Processes that this one has started, but for multiprocessing's own servers."""
     servers = {multiprocessing.forkserver._forkserver._forkserver_pid, multiprocessing.resource_tracker._resource_tracker._pid}
     children = set()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended, or a kernel without this file
+        with contextlib.suppress(OSError):  # a thread that has just ended, or a kernel without this file
             children |= {int(pid) for pid in (task / "children").read_text().split()}
     return children - servers
 

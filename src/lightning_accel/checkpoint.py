@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel import rank_state
-from lightning_accel.data_parallel import AccelDataParallel
+from lightning_accel.data_parallel import AccelDataParallel, check_wrapped
 
 
 def save_checkpoint(
@@ -35,7 +35,9 @@ def save_checkpoint(
 
     Raises:
         RuntimeError: on all ranks, if any of them could not write; what was there before is left as it was.
+        TypeError: for a model that `wrap` has not made.
     """
+    check_wrapped(ddp)
     ddp.replica.consensus()
     state = rank_state.State.of(ddp.replica.communicator.name, [ddp.replica])
     entries = {"optimizers": [optimizer.state_dict() for optimizer in _listed(optimizers)], "extra": extra}
@@ -60,7 +62,9 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: on all ranks, if there is no such file, or a rank's is missing.
         ValueError: on all ranks, if a file is torn or no such checkpoint, or holds another number of optimizers.
+        TypeError: for a model that `wrap` has not made.
     """
+    check_wrapped(ddp)
     given = _listed(optimizers)
     algorithm = ddp.replica.communicator.name
     read = partial(_read, path, len(given))

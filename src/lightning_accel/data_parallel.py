@@ -79,22 +79,26 @@ def wrap(
 
     Raises:
         ValueError: for an unknown algorithm or a wrong value of an option.
-        TypeError: for an option that neither of both takes.
+        TypeError: for an option that neither of both takes, or a model or an optimizer that is none.
 
     Example:
         >>> with wrap(model, optimizer, "bytegrad") as model:  # doctest: +SKIP
         ...     model(batch).sum().backward()
         ...     optimizer.step()
     """
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        raise TypeError(f"wrap needs a model that is not wrapped yet: got {type(model).__name__}")
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"wrap needs the optimizer, or all of them, after the model: got {type(optimizer).__name__}")
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     of_ddp = {name: options.pop(name) for name in list(options) if name in parameters and name not in ("self", "module")}
     made = make_algorithm(algorithm, options)
-    if isinstance(optimizers, torch.optim.Optimizer):
-        optimizers = [optimizers]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
     ddp = AccelDataParallel(model, **{**defaults, **of_ddp})
-    ddp.replica = Replica(ddp, made, list(optimizers), timeout=timeout)
+    ddp.replica = Replica(ddp, made, optimizers, timeout=timeout)
     return ddp
 
 
@@ -103,13 +107,21 @@ def unwrap(ddp: AccelDataParallel) -> nn.Module:
 
     Raises:
         RuntimeError: after a `with` block that an exception has ended, if weights may differ between ranks.
+        TypeError: for anything that `wrap` has not made.
     """
+    check_wrapped(ddp)
     try:
         ddp.replica.consensus()
     finally:
         ddp.replica.close()
     module: nn.Module = ddp.module
     return module
+
+
+def check_wrapped(ddp: object) -> None:
+    """Refuses a model that has no algorithm."""
+    if not isinstance(ddp, AccelDataParallel):
+        raise TypeError(f"what lightning_accel.wrap has returned is needed: got {type(ddp).__name__}")
 
 
 class EpochSampler(DistributedSampler[Any]):

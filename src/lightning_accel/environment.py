@@ -132,6 +132,9 @@ def detect(
     env = os.environ if variables is None else variables
     known: dict[str, tuple[int, str]] = {}
     local = {"local_rank": local_rank, "local_world_size": local_world_size}
+    for name, value in {"rank": rank, "world_size": world_size, **local, "port": port}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} must be a whole number: got {value!r}")
     known.update({name: (value, "argument") for name, value in local.items() if value is not None})
     if rank is not None or world_size is not None:
         launcher = "arguments"
@@ -150,6 +153,8 @@ def detect(
     is_local = known["local_world_size"][0] == known["world_size"][0]
     host, sources["host"] = _find_host(host, env, launcher, is_local)
     port, sources["port"] = _find_port(port, env, launcher)
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must be from 1 to 65535: got {port} ({sources['port']})")
     return Environment(launcher, **{name: value for name, (value, _) in known.items()}, host=host, port=port, sources=sources)
 
 
@@ -189,6 +194,9 @@ def _check(known: dict[str, tuple[int, str]]) -> None:
         (value, source), (limit, limit_source) = known[index], known[count]
         if not 0 <= value < limit:
             raise ValueError(f"{index} must be at least 0 and below {count} {limit} ({limit_source}): got {value} ({source})")
+    node, source = known["node_rank"]
+    if node < 0:
+        raise ValueError(f"node_rank must be at least 0: got {node} ({source})")
     (local, source), (everywhere, _) = known["local_world_size"], known["world_size"]
     if local > everywhere:
         raise ValueError(f"local_world_size must be at most world_size {everywhere}: got {local} ({source})")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_accel.collectives import backend_of
 from lightning_accel.connections import open_sockets, watch_connections
 from lightning_accel.environment import Environment, detect, torchrun_attempt
 
@@ -61,6 +62,7 @@ def init_process_group(
 
     Raises:
         ValueError: for missing or contradictory arguments or variables; names them.
+        TypeError: for a timeout that is no timedelta.
         RuntimeError: if there is a default group already.
 
     Example:
@@ -69,6 +71,10 @@ def init_process_group(
     """
     if dist.is_initialized():
         raise RuntimeError("torch.distributed has a default process group already; destroy_process_group() ends it")
+    if backend is not None:
+        _check_backend(backend)
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"timeout must be a datetime.timedelta, such as timedelta(minutes=5): got {timeout!r}")
     if store is not None:
         host = "the store given"
     found = detect(
@@ -90,6 +96,10 @@ def init_process_group(
     if store is None:
         store = _meet(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
     dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
+    assert dist.group.WORLD is not None
+    if backend_of(dist.group.WORLD, torch.device("cpu")) == "gloo":
+        # A rank that leaves at once would cut off those that still connect.
+        dist.all_reduce(torch.zeros(1))
     watch_connections(others)
     _joined.append(found)
     return found
@@ -163,6 +173,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--world-size", type=int, help="number of processes; needs --rank")
     group.add_argument("--host", help="name or address of rank 0 (default: MASTER_ADDR, or what the launcher tells)")
     group.add_argument("--port", type=int, help="where ranks meet (default: MASTER_PORT, else 29500)")
+
+
+def _check_backend(backend: str) -> None:
+    """Before anybody waits for others; what torch says of a wrong name, it says after they have met."""
+    for part in backend.lower().split(","):
+        if part.rpartition(":")[2] not in dist.Backend.backend_list:
+            known = ", ".join(dist.Backend.backend_list[1:])
+            raise ValueError(f"backend must be one of {known}, or a list such as cpu:gloo,cuda:nccl: got {backend!r}")
 
 
 def _meet(found: Environment, timeout: timedelta, *, at_agent: bool) -> Store:

@@ -2,12 +2,8 @@
 
 import copy
 import inspect
-import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +14,12 @@ from torch import nn
 import lightning_accel as accel
 import lightning_accel.bagua
 import lightning_accel.bagua.torch_api as bagua
-from helpers.ranks import own_threads, run_ranks
+from helpers.ranks import own_threads, run_ranks, run_script
 from lightning_accel.bagua.torch_api.algorithms import async_model_average, bytegrad, decentralized, gradient_allreduce, q_adam
 from lightning_accel.bagua.torch_api.contrib import LoadBalancingDistributedBatchSampler, LoadBalancingDistributedSampler
 from lightning_accel.bagua.torch_api.data_parallel import DistributedDataParallel
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "bagua_script.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 # Bagua's constructors, and what its code calls each algorithm; `hierarchical` is the default there.
 ALGORITHMS = {
@@ -51,21 +46,9 @@ def test_a_script_for_bagua_runs_with_nothing_changed_but_its_imports(tmp_path):
     script, changed = re.subn(r"^(from|import) bagua", r"\1 lightning_accel.bagua", SCRIPT.read_text(), flags=re.MULTILINE)
     assert changed == 2
     (tmp_path / "script.py").write_text(script)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "lightning_accel.launch.cli", "run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [*command, "--omp-threads", "1", "script.py"],
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (accuracy,) = re.findall(r"^accuracy (0\.\d+)$", done.stdout, flags=re.MULTILINE)
+    said, others = run_script(tmp_path / "script.py", 2, folder=tmp_path)
+    assert others == ""
+    (accuracy,) = re.findall(r"^accuracy (0\.\d+)$", said, flags=re.MULTILINE)
     assert float(accuracy) > 0.85
     assert set(torch.load(tmp_path / "digits.pt", weights_only=True)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 

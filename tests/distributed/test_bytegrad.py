@@ -44,7 +44,7 @@ def check(rank, world_size, codecs, average, options, device="cpu"):
 def test_every_rank_holds_the_specified_mean(world_size):
     """Catches results that depend on how DDP fills its buckets, lost tails, wrong owners, wrong order of sums."""
     options = [{"bucket_cap_mb": 1}, {"bucket_cap_mb": 25}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}]
-    run_ranks(check, world_size, CODECS, True, options, timeout=110)
+    run_ranks(check, world_size, CODECS, True, options)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -111,7 +111,7 @@ PAIRS = ((0, 1), (2, 3))
 def test_every_rank_holds_the_specified_weights(world_size, cases):
     """Catches a gradient at the mean instead of at x_t, a step that is averaged away, another peer than the formula's, an
     interval that counts micro-batches, sums in another order or in half precision, and tied weights that are averaged twice."""
-    run_ranks(check, world_size, cases, timeout=60)
+    run_ranks(check, world_size, cases)
 
 
 def between_micro_batches(rank, world_size):
@@ -177,7 +177,7 @@ def skipped_step(rank, world_size):
 
 def test_a_step_skipped_on_one_rank_only_hangs_nobody():
     """Catches exchanges that depend on a step having happened: rank 1's would be missing, and pair up wrongly ever after."""
-    run_ranks(skipped_step, 2, timeout=30)
+    run_ranks(skipped_step, 2)
 
 
 def plain_loop(rank, world_size, path):
@@ -207,7 +207,7 @@ def plain_loop(rank, world_size, path):
 
 def test_a_plain_loop_saves_and_ends_with_one_model(tmp_path):
     """Catches files of rank 0's weights alone, and a model that differs between ranks once it is given back."""
-    run_ranks(plain_loop, 2, str(tmp_path / "checkpoint"), timeout=30)
+    run_ranks(plain_loop, 2, str(tmp_path / "checkpoint"))
 
 
 class Two(torch.nn.Module):
@@ -333,7 +333,7 @@ def unfrozen(rank, world_size):
 
 def test_weights_unfrozen_later_are_refused_before_they_differ():
     """Catches weights that each rank trains to another value, and that no consensus makes equal."""
-    (mine, others) = run_ranks(unfrozen, 2, timeout=30)
+    (mine, others) = run_ranks(unfrozen, 2)
     assert mine == others
     assert mine[0].startswith("decentralized: 'second.weight' (one of 2) was frozen when the model was wrapped")
 

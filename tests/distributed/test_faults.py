@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import programs
 from helpers.models import GivenGradients, few_kinds
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
@@ -298,11 +298,11 @@ def test_a_procedure_that_never_ends_does_not_hold_its_own_rank():
 
 def interrupt(rank, world_size, algorithm, folder):
     training = Training(rank, world_size, algorithm)
-    heard = Path(folder) / "heard"
+    heard, waits = Path(folder) / "heard", Path(folder) / "waits"
     if rank == 0:
         (Path(folder) / "pid").write_text(str(os.getpid()))
         try:
-            training.run()
+            training.run(lambda step: waits.touch() if step == FAULTY_STEP else None)
         except KeyboardInterrupt:
             heard.write_text(f"{training.steps} steps")
         # The interpreter's own end, with its joins and destructors, which a rank else leaves out.
@@ -314,24 +314,20 @@ def interrupt(rank, world_size, algorithm, folder):
 
     with pytest.raises(UsersError):
         training.run(press)
+    deadline = time.monotonic() + MOMENTS_SECONDS
+    while not waits.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.5)  # rank 0 is in its backward, where it waits for this rank
     pid = int((Path(folder) / "pid").read_text())
     assert not heard.exists()
     os.kill(pid, signal.SIGINT)
     started = time.perf_counter()
-    while is_alive(pid) and time.perf_counter() - started < 20:
+    while programs.is_alive(pid) and time.perf_counter() - started < 20:
         time.sleep(0.01)
     seconds = time.perf_counter() - started
     assert heard.read_text() == f"{FAULTY_STEP} steps"
     training.replica.close()
     return seconds
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("algorithm", [ByteGrad(), GradientAllReduce()], ids=lambda algorithm: algorithm.name)
@@ -366,17 +362,7 @@ print("done", flush=True)
 
 def test_a_script_that_closes_nothing_ends(tmp_path):
     """Catches an interpreter that waits for our threads, or crashes under them, when a script just ends."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = [programs.start(sys.executable, "-c", SCRIPT, rank, tmp_path / "store") for rank in range(2)]
     try:
         results = [rank.communicate(timeout=60) for rank in ranks]
     finally:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import programs
+from helpers.hosts import DEVICE, two_hosts
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 STEP = EXAMPLE.with_name("steps") / "4_several_nodes.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 SLURM_CONF = """
 ClusterName=test
@@ -42,30 +44,17 @@ PartitionName=all Nodes={host} Default=YES State=UP
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run(*words, **variables):
-    return subprocess.run(
-        [str(word) for word in words],
-        env={**ENVIRONMENT, **variables},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+def slurm_program(name):
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 @pytest.fixture
 def slurm(tmp_path):
     """SLURM with this machine as its only node, for the time of a test; gives the path of its configuration."""
-    programs = ("munged", "slurmctld", "slurmd", "srun")
-    missing = [name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    names = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
+    missing = [name for name in names if slurm_program(name) is None]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"SLURM's daemons need root and {', '.join(missing or programs)}")
+        pytest.skip(f"SLURM's daemons need root and {', '.join(missing or names)}")
     host = socket.gethostname().partition(".")[0]
     configuration = tmp_path / "slurm.conf"
     for name in ("state", "spool"):
@@ -73,11 +62,6 @@ def slurm(tmp_path):
     key = tmp_path / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    configuration.write_text(
-        SLURM_CONF.format(
-            host=host, folder=tmp_path, cores=os.cpu_count(), controller_port=free_port(), node_port=free_port()
-        ).lstrip()
-    )
     munge = {"key-file": key, "socket": tmp_path / "munge.socket", "pid-file": tmp_path / "munged.pid"}
     munge |= {"log-file": tmp_path / "munged.log", "seed-file": tmp_path / "munged.seed"}
     commands = [
@@ -86,33 +70,38 @@ def slurm(tmp_path):
         ["slurmd", "-D", "-f", configuration],
     ]
     daemons = []
-    try:
-        for command in commands:
-            output = (tmp_path / f"{command[0]}.out").open("w")
-            with output:
-                words = [shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin"), *map(str, command[1:])]
-                daemons.append(subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT))
-            deadline = time.monotonic() + 5
-            while command[0] == "munged" and not munge["socket"].exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
-        deadline = time.monotonic() + 20
-        while "idle" not in run("sinfo", SLURM_CONF=str(configuration)).stdout:
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text() for path in (*tmp_path.glob("*.log"), *tmp_path.glob("*.out")))
-                pytest.fail(f"SLURM's node did not become idle:\n{logs}")
-            time.sleep(0.2)
-        yield configuration
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in reversed(daemons):
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        for process in steps_left(tmp_path):
-            os.kill(process, signal.SIGKILL)
+
+    def wait(is_there):
+        deadline = time.monotonic() + 60
+        while not is_there():
+            said = "\n".join(path.read_text() for path in (*tmp_path.glob("*.log"), *tmp_path.glob("*.out")))
+            if any(daemon.poll() is not None for daemon in daemons):
+                pytest.skip(f"SLURM's daemons do not run here: {said}")
+            assert time.monotonic() < deadline, f"SLURM's node did not become idle:\n{said}"
+            time.sleep(0.1)
+
+    with programs.reserved_port() as controller, programs.reserved_port() as node:
+        ports = {"controller_port": controller, "node_port": node}
+        configuration.write_text(SLURM_CONF.format(host=host, folder=tmp_path, cores=os.cpu_count(), **ports).lstrip())
+        try:
+            for name, *arguments in commands:
+                with (tmp_path / f"{name}.out").open("w") as output:
+                    words = [slurm_program(name), *map(str, arguments)]
+                    daemons.append(subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT))
+                wait(munge["socket"].exists)
+            wait(lambda: "idle" in programs.run("sinfo", variables={"SLURM_CONF": str(configuration)}).stdout)
+            yield configuration
+        finally:
+            for daemon in reversed(daemons):
+                daemon.terminate()
+            for daemon in reversed(daemons):
+                try:
+                    daemon.wait(10)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+            for process in steps_left(tmp_path):
+                os.kill(process, signal.SIGKILL)
 
 
 def steps_left(folder):
@@ -134,67 +123,38 @@ def check(done):
 
 def test_slurm_starts_the_example(slurm):
     """Catches variables that srun does not set, or sets otherwise than was read in its manual."""
-    check(
-        run("srun", "--ntasks=2", "--overcommit", "--export=ALL", sys.executable, EXAMPLE, "--epochs", "2", SLURM_CONF=str(slurm))
-    )
+    options = ("--ntasks=2", "--overcommit", "--export=ALL")
+    check(programs.run("srun", *options, sys.executable, EXAMPLE, "--epochs", 2, variables={"SLURM_CONF": str(slurm)}))
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI's mpirun")
-def test_open_mpi_starts_the_example():
+def test_open_mpi_starts_the_example(port):
     """Catches variables that mpirun does not set."""
     options = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2")
-    check(run("mpirun", *options, sys.executable, EXAMPLE, "--epochs", "2", MASTER_PORT=str(free_port())))
-
-
-def ip(*words):
-    done = run("ip", *words)
-    assert done.returncode == 0, done.stderr
+    check(programs.run("mpirun", *options, sys.executable, EXAMPLE, "--epochs", 2, variables={"MASTER_PORT": str(port)}))
 
 
 @pytest.fixture
 def hosts():
-    """Two hosts made of network namespaces, with a cable between them; gives name, address and device of each."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and ip (iproute2)")
-    made = [
-        (f"acceltest{os.getpid()}{end}", f"10.78.0.{number}", f"vt{os.getpid()}{end}") for number, end in ((1, "a"), (2, "b"))
-    ]
-    try:
-        (first, _, cable), (second, _, other_end) = made
-        for words in (
-            *(("netns", "add", name) for name in (first, second)),
-            ("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second),
-        ):
-            if (done := run("ip", *words)).returncode != 0:
-                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-        for name, address, device in made:
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
+    with two_hosts("10.78.0") as made:
         yield made
-    finally:
-        for name, _, _ in made:
-            run("ip", "netns", "delete", name)
 
 
-def start_on(hosts, port, *words):
+def start_on(hosts, *words):
     """The words under `lightning-accel run`, on each host."""
     nodes = []
-    for rank, (name, _, device) in enumerate(hosts):
-        options = ("--nnodes", 2, "--node-rank", rank, "--master-addr", hosts[0][1], "--master-port", port)
-        launcher = (sys.executable, "-m", "lightning_accel.launch.cli", "run", "--interface", device, *options)
-        command = [str(word) for word in ("ip", "netns", "exec", name, *launcher, *words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        nodes.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+    for rank, host in enumerate(hosts):
+        options = ("--nnodes", 2, "--node-rank", rank, "--master-addr", hosts[0].address, "--interface", DEVICE)
+        nodes.append(programs.start(*host.inside(sys.executable, "-m", "lightning_accel.launch.cli", "run", *options, *words)))
     return nodes
 
 
 def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
     """Catches ranks that meet at an address only one host can reach, and nodes that are taken for one."""
     files = ("--snapshot", tmp_path / "shared.pt", "--data", tmp_path / "data.pt")
-    nodes = start_on(hosts, 29611, "--nproc-per-node", 2, STEP, "--epochs", 2, *files)
+    nodes = start_on(hosts, "--nproc-per-node", 2, STEP, "--epochs", 2, *files)
     try:
-        results = [node.communicate(timeout=90) for node in nodes]
+        results = [node.communicate(timeout=100) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -204,7 +164,7 @@ def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
     assert results[0][0].count("test accuracy") == 1
     assert "test accuracy" not in results[1][0]
     for rank, (output, _) in enumerate(results):
-        assert f"local_world_size=2 (LOCAL_WORLD_SIZE), node_rank={rank} (GROUP_RANK), host={hosts[0][1]}" in output
+        assert f"local_world_size=2 (LOCAL_WORLD_SIZE), node_rank={rank} (GROUP_RANK), host={hosts[0].address}" in output
     assert (tmp_path / "shared.pt").exists()
 
 
@@ -215,12 +175,12 @@ from lightning_accel import connections
 
 connections.UNREACHABLE_SECONDS = 2.0
 accel.init_process_group()
-model = torch.nn.Linear(1000, 100)
+model = torch.nn.Linear(100, 10)  # what is sent finds room at a busy peer, whose silence would count
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 with accel.wrap(model, optimizer, "bytegrad") as ddp:
     for step in range(10**9):
         optimizer.zero_grad()
-        ddp(torch.randn(4, 1000)).sum().backward()
+        ddp(torch.randn(4, 100)).sum().backward()
         optimizer.step()
         if step == 20:
             print("training", flush=True)
@@ -230,13 +190,12 @@ with accel.wrap(model, optimizer, "bytegrad") as ddp:
 def test_a_host_that_is_unplugged_in_mid_run_ends_the_others(hosts, tmp_path):
     """Catches ranks that wait half an hour for one that cannot answer, and an error that does not say what to look for."""
     (tmp_path / "trains_on.py").write_text(TRAINS_ON)
-    nodes = start_on(hosts, 29613, tmp_path / "trains_on.py")
+    nodes = start_on(hosts, tmp_path / "trains_on.py")
     try:
         for node in nodes:
             assert node.stdout.readline() == "training\n"
-        name, _, device = hosts[1]
-        ip("-n", name, "link", "set", device, "down")
-        results = [node.communicate(timeout=60) for node in nodes]
+        hosts[1].unplug()
+        results = [node.communicate(timeout=100) for node in nodes]
     finally:
         for node in nodes:
             node.kill()

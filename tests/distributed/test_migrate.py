@@ -1,13 +1,12 @@
 """The page for those who come from elsewhere: what it shows of ours runs, as it stands there."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+from helpers.ranks import run_script
+
 PAGE = Path(__file__).parents[2] / "docs" / "migrate.md"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 RUN = """
 import pathlib, re, sys
@@ -35,17 +34,9 @@ for number, block in enumerate(re.findall(r"<!-- runs -->\\n```python\\n(.*?)```
 
 def test_what_it_shows_of_ours_runs(tmp_path):
     """Catches a name, an option or a file that the page promises and the package lacks."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(PAGE)],
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall("^ran", done.stdout, re.MULTILINE)) == 6
+    (tmp_path / "run.py").write_text(RUN)
+    (said,) = run_script(tmp_path / "run.py", 1, PAGE, folder=tmp_path, launched=False)
+    assert len(re.findall("^ran", said, re.MULTILINE)) == 6
 
 
 def test_the_command_that_changes_imports_changes_them(tmp_path):

@@ -4,10 +4,7 @@ import copy
 import gc
 import io
 import logging
-import os
 import pickle
-import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -18,42 +15,26 @@ import torch
 from torch import nn
 
 import lightning_accel as accel
-from helpers.ranks import own_threads, run_ranks
+from helpers import programs
+from helpers.ranks import own_threads, run_ranks, run_script
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 STEP = EXAMPLE.with_name("steps") / "3_torchrun_snapshots.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def torchrun(port, *arguments):
+    return programs.run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, *arguments)
 
 
-def torchrun(*arguments: object, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    return subprocess.run(
-        [str(word) for word in (*command, *arguments)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
-
-
-def test_the_example_learns_and_goes_on_after_a_stop(tmp_path):
+def test_the_example_learns_and_goes_on_after_a_stop(tmp_path, port):
     """Catches a resumed run that differs from an undisturbed one: weights, optimizer, order of images, state."""
-    whole = torchrun(EXAMPLE, "--epochs", 12, "--checkpoint", tmp_path / "whole.pt")
+    whole = torchrun(port, EXAMPLE, "--epochs", 12, "--checkpoint", tmp_path / "whole.pt")
     assert whole.returncode == 0, whole.stderr
     assert "[rank 0] test accuracy 9" in whole.stdout
     assert "[rank 1]" not in whole.stdout
     for epochs in (5, 12):
-        part = torchrun(EXAMPLE, "--epochs", epochs, "--checkpoint", tmp_path / "parts.pt")
-        assert part.returncode == 0, part.stderr
-    assert "going on after epoch 5" in part.stdout
+        said, _ = run_script(EXAMPLE, 2, "--epochs", epochs, "--checkpoint", tmp_path / "parts.pt", folder=tmp_path)
+    assert "going on after epoch 5" in said
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
@@ -77,13 +58,12 @@ runpy.run_path({example!r}, run_name="__main__")
 """
 
 
-def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path):
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, port):
     """Catches peers that do not end when one is killed, and a restart that differs from an undisturbed run."""
     script = tmp_path / "dies_once.py"
     script.write_text(DIES_ONCE.format(example=str(STEP)))
-    whole = torchrun(STEP, "--epochs", 5, "--snapshot", tmp_path / "whole.pt")
-    assert whole.returncode == 0, whole.stderr
-    killed = torchrun("--max-restarts", 1, script, "--epochs", 5, "--snapshot", tmp_path / "killed.pt")
+    run_script(STEP, 2, "--epochs", 5, "--snapshot", tmp_path / "whole.pt", folder=tmp_path)
+    killed = torchrun(port, "--max-restarts", 1, script, "--epochs", 5, "--snapshot", tmp_path / "killed.pt")
     assert killed.returncode == 0, killed.stderr
     assert "going on after epoch 3" in killed.stdout
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt"))
@@ -91,38 +71,14 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path):
         assert torch.equal(weight, other["model"][name]), name
 
 
-def test_arguments_do_without_a_launcher(tmp_path):
-    """Catches a store that only torchrun's variables can find."""
-    command = [sys.executable, str(EXAMPLE), "--epochs", "1", "--world-size", "2", "--port", str(free_port())]
-    ranks = [
-        subprocess.Popen(
-            [*command, "--rank", str(rank)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [rank.communicate(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    for rank, (_, errors) in zip(ranks, results, strict=True):
-        assert rank.returncode == 0, errors
-    assert "test accuracy" in results[0][0]
-
-
-def test_one_process_needs_nothing():
-    """Catches a script that only runs under a launcher."""
-    alone = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--epochs", "1", "--port", str(free_port())],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert "each rank sent 0.0 MB" in alone.stdout
+@pytest.mark.parametrize(
+    ("world_size", "words", "sent"), [(2, ("--world-size", 2, "--rank", "{rank}"), "0.3"), (1, (), "0.0")], ids=["two", "alone"]
+)
+def test_the_example_needs_no_launcher(tmp_path, port, world_size, words, sent):
+    """Catches a store that only torchrun's variables can find, and a script that only runs under a launcher."""
+    said = run_script(EXAMPLE, world_size, "--epochs", 1, "--port", port, *words, folder=tmp_path, launched=False)
+    assert "test accuracy" in said[0]
+    assert f"each rank sent {sent} MB" in said[0]
 
 
 def data_of(rank):
@@ -155,6 +111,8 @@ def wrap_models(rank, world_size):
     torch.testing.assert_close(model.weight, before[0] - 0.5 * mean.expand(2, 3))
 
     ddp = accel.wrap(model, [optimizer], device_ids=None)
+    with pytest.raises(TypeError, match="not wrapped yet: got AccelDataParallel"):
+        accel.wrap(ddp, optimizer)
     assert ddp.replica.communicator.name == "gradient_allreduce"
     assert accel.unwrap(ddp) is model
     assert not own_threads()
@@ -208,6 +166,35 @@ def wrap_models(rank, world_size):
 def test_wrap_trains_and_unwrap_gives_the_model_back():
     """Catches accumulation that is not averaged, options that reach the wrong one of two, and threads that are left."""
     assert run_ranks(wrap_models, 2) == [True] * 2
+
+
+def test_wrong_arguments_are_refused_before_anybody_waits(tmp_path):
+    """Catches a wait for other ranks, half an hour by default, or an error from inside of torch, for a slip of the pen."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    two = {"rank": 0, "world_size": 2}
+    for options, error, message in (
+        ({"backend": "glo"}, ValueError, "backend must be one of .*gloo.*: got 'glo'"),
+        ({"backend": "cpu:gloo,cuda:ncl"}, ValueError, "got 'cpu:gloo,cuda:ncl'"),
+        ({"timeout": 30}, TypeError, "timeout must be a datetime.timedelta.*: got 30"),
+        ({"port": 99999}, ValueError, "port must be from 1 to 65535: got 99999"),
+    ):
+        with pytest.raises(error, match=message):
+            accel.init_process_group(**two | options)
+    for arguments, message in (
+        ((model, "bytegrad"), "the optimizer, or all of them, after the model: got str"),
+        ((model, model.parameters()), "got Parameter"),
+        ((optimizer, model), "a model that is not wrapped yet: got SGD"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            accel.wrap(*arguments)
+    for use in (
+        accel.unwrap,
+        partial(accel.save_checkpoint, tmp_path / "a.pt"),
+        partial(accel.load_checkpoint, tmp_path / "a.pt"),
+    ):
+        with pytest.raises(TypeError, match=r"what lightning_accel.wrap has returned is needed: got Linear"):
+            use(model)
 
 
 def save_models(rank, world_size, folder):
@@ -332,29 +319,26 @@ def test_each_rank_has_its_part_in_a_new_order_each_epoch():
     assert one[0] != one[1] != one[2]
 
 
-JOIN_TWICE = """
-import sys
-import lightning_accel as accel
-rank = int(sys.argv[1])
-accel.init_process_group(rank=rank, world_size=2, port=int(sys.argv[2]))
-assert (accel.get_rank(), accel.get_world_size()) == (rank, 2)
-assert (accel.get_local_rank(), accel.get_local_world_size(), accel.get_node_rank()) == (rank, 2, 0)
-try:
-    accel.init_process_group()
-except RuntimeError as error:
-    assert "default process group already" in str(error)
-accel.destroy_process_group()
-accel.destroy_process_group()
-"""
+def join_twice(rank, world_size, port, joined):
+    join = torch.distributed.init_process_group
+
+    def join_late(*arguments, **options):
+        join(*arguments, **options)
+        time.sleep(0.5)
+        Path(joined).touch()
+
+    if rank == 1:
+        torch.distributed.init_process_group = join_late
+    accel.init_process_group(rank=rank, world_size=world_size, port=port)
+    assert Path(joined).exists(), "rank 0 could leave while rank 1 still connects to it, which would fail then"
+    assert (accel.get_rank(), accel.get_world_size()) == (rank, 2)
+    assert (accel.get_local_rank(), accel.get_local_world_size(), accel.get_node_rank()) == (rank, 2, 0)
+    with pytest.raises(RuntimeError, match="default process group already"):
+        accel.init_process_group()
+    accel.destroy_process_group()
+    accel.destroy_process_group()
 
 
-def test_joining_twice_is_refused_and_leaving_twice_is_not():
-    """Catches a second default group that hangs, and an end that raises."""
-    port = str(free_port())
-    ranks = [subprocess.Popen([sys.executable, "-c", JOIN_TWICE, str(rank), port], env=ENVIRONMENT) for rank in range(2)]
-    try:
-        assert [rank.wait(60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+def test_joining_twice_is_refused_and_leaving_twice_is_not(port, tmp_path):
+    """Catches a second default group that hangs, an end that raises, and a rank that has joined before the others have."""
+    run_ranks(join_twice, 2, port, str(tmp_path / "joined"), backend=None)

@@ -449,7 +449,7 @@ def compiled(rank, world_size):
 
 def test_compiled_models_keep_the_moments():
     """Catches a moment that torch.compile traces once and forgets."""
-    run_ranks(compiled, 2, timeout=100)
+    run_ranks(compiled, 2)
 
 
 def keep_local(state, bucket):

@@ -4,17 +4,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from helpers import programs
+from helpers.hosts import DEVICE, two_hosts
 from lightning_accel.launch.ssh_run import Host, parse_hosts, parse_variable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
 
 # As sshd does: the command goes through a shell. The words that ssh got are kept for the test.
 FAKE_SSH = """#!{python}
@@ -30,16 +30,20 @@ os.execv("/bin/sh", ["sh", "-c", sys.argv[-1]])
 SCRIPT = """
 import json, os, signal, sys, time
 if os.environ["RANK"] == "1" and sys.argv[1] == "fail":
+    while not os.path.exists("rank 0 has said who it is"):
+        time.sleep(0.01)
     sys.exit(9)
 if sys.argv[1] in ("fail", "wait"):
     print("pid", os.getpid(), flush=True)
+    open("rank 0 has said who it is", "w").close()
     time.sleep(120)
-print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("TOKEN"), os.getcwd(), sys.argv[1:]]), flush=True)
+print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ.get("TOKEN"), os.environ["OMP_NUM_THREADS"],
+                  os.getcwd(), sys.argv[1:]]), flush=True)
 """
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, port):
     """Starts the command with the stand-in for ssh; ends it after the test."""
     fake = tmp_path / "bin" / "ssh"
     fake.parent.mkdir()
@@ -48,14 +52,13 @@ def start(tmp_path):
     (tmp_path / "a script.py").write_text(SCRIPT)
     started = []
 
-    def start(*words, hosts="one:22,two:2222", variables=()):
+    def start(*words, hosts="one:22,two:2222", variables=(), options=()):
         command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
-        command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(20000 + os.getpid() % 10000)]
-        for variable in variables:
-            command += ["--env", variable]
-        environment = {**ENVIRONMENT, "PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([*command, "a script.py", *words], env=environment, start_new_session=True, **pipes))
+        command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += [*options, *(word for variable in variables for word in ("--env", variable))]
+        environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
+        environment = programs.ENVIRONMENT | environment
+        started.append(programs.start(*command, "a script.py", *words, env=environment, start_new_session=True))
         return started[-1]
 
     yield start
@@ -64,24 +67,17 @@ def start(tmp_path):
         process.communicate()
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def test_words_arrive_unchanged_and_secrets_stand_in_no_command_line(start, tmp_path):
     """Catches a shell on the way that takes words apart or executes them, and variables that `ps` shows."""
     words = ["--", "ok", "two words", "$(touch hacked)", "a;b", "'\"", "line\nbreak", "ü", "--workdir", "-x", "`id`", "--"]
-    process = start(*words, variables=["TOKEN", "OTHER=1"])
-    output, errors = process.communicate(timeout=60)
+    process = start(*words, variables=["TOKEN", "OTHER=1"], options=["--omp-threads", "3"])
+    output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     lines = sorted(output.splitlines())
     for rank, (host, line) in enumerate(zip(("one", "two"), lines, strict=True)):
         prefix, _, said = line.partition("] [rank ")
         assert prefix == f"[{host}"
-        assert json.loads(said.partition("] ")[2]) == [str(rank), "2", "secret;$(id)\n'\"", str(tmp_path), words]
+        assert json.loads(said.partition("] ")[2]) == [str(rank), "2", "secret;$(id)\n'\"", "3", str(tmp_path), words]
     seen = (tmp_path / "ssh.log").read_text()
     assert "secret" not in seen
     assert "a script" not in seen
@@ -102,24 +98,55 @@ def test_one_end_ends_all_and_leaves_nothing(start, how):
         os.kill(process.pid, signal.SIGINT)
     elif how == "kill":
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=100)
     code = {"fail": 9, "interrupt": 130, "kill": -signal.SIGKILL}[how]
     assert process.returncode == code, errors
     if how == "fail":
         assert "lightning-accel ssh-run: two failed first, with exit code 9" in errors
     deadline = time.monotonic() + 30
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+    while any(map(programs.is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_alive, pids))
+    assert not any(map(programs.is_alive, pids))
 
 
 def test_a_host_that_cannot_be_reached_ends_all(start):
     """Catches a wait for ranks that were never started."""
     process = start("wait", hosts="one,unreachable")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 255
     assert "[unreachable] ssh: connect to host unreachable" in errors
     assert "lightning-accel ssh-run: unreachable could not be reached by ssh" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ["--workdir", "/no/such/folder"],
+            1,
+            "[one] lightning-accel ssh-run: cannot start here: [Errno 2] No such file or directory",
+        ),
+        (["--python", "/no/such/python"], 127, "lightning-accel ssh-run: one failed first, with exit code 127"),
+    ],
+    ids=["workdir", "python"],
+)
+def test_what_a_host_lacks_is_one_line(start, options, code, message):
+    """Catches the traceback of a process that the user does not know of."""
+    process = start("wait", hosts="one", options=options)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == code
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_without_ssh_it_says_so():
+    """Catches a traceback."""
+    words = (sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", "one", "x.py")
+    done = programs.run(*words, variables={"PATH": "/nowhere"})
+    assert (done.returncode, done.stderr) == (
+        1,
+        "lightning-accel ssh-run: there is no ssh on PATH here: install OpenSSH's client\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,92 +183,61 @@ def test_variables_are_read(monkeypatch):
             parse_variable(text)
 
 
-def command(*words):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture
 def ssh_hosts(tmp_path):
-    """Two hosts made of network namespaces, each with an sshd of its own, on ports 22 and 2222."""
+    """Two hosts, each with an sshd of its own, on ports 22 and 2222; gives them and a folder with the user's key."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("ssh") is None or sshd is None:
-        pytest.skip("needs root, ip (iproute2), ssh and sshd (openssh-server)")
-    made = [(f"accelssh{os.getpid()}{end}", f"10.79.0.{number}", "cable") for number, end in ((1, "a"), (2, "b"))]
-    daemons = []
+    if os.geteuid() != 0 or shutil.which("ssh") is None or sshd is None:
+        pytest.skip("needs root, ssh and sshd (openssh-server)")
     for name in ("host", "user"):
-        command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
+        programs.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
     Path("/run/sshd").mkdir(exist_ok=True)
-    try:
-        (first, _, cable), (second, _, other_end) = made
-        for words in (
-            *(("netns", "add", name) for name in (first, second)),
-            ("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other_end, "netns", second),
-        ):
-            if (done := subprocess.run(["ip", *words], capture_output=True, text=True, check=False)).returncode != 0:
-                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-        for (name, address, device), port in zip(made, (22, 2222), strict=True):
-            command("ip", "-n", name, "link", "set", "lo", "up")
-            command("ip", "-n", name, "address", "add", f"{address}/24", "dev", device)
-            command("ip", "-n", name, "link", "set", device, "up")
-            options = [f"Port={port}", f"ListenAddress={address}", f"HostKey={tmp_path / 'host'}", "PidFile=none", "UsePAM=no"]
-            options += [f"AuthorizedKeysFile={tmp_path / 'user.pub'}", "StrictModes=no", "PermitRootLogin=prohibit-password"]
-            words = ["ip", "netns", "exec", name, sshd, "-D", "-e", "-f", "/dev/null", *(w for o in options for w in ("-o", o))]
-            with (tmp_path / f"sshd{port}.log").open("w") as log:
-                daemons.append(subprocess.Popen(words, stdout=log, stderr=log))
-        yield made, tmp_path
-    finally:
-        for daemon in daemons:
-            daemon.kill()
-            daemon.wait()
-        for name, _, _ in made:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split()
-            for pid in map(int, pids):  # of sessions that a broken connection has left
-                os.kill(pid, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    daemons = []
+    with two_hosts("10.79.0") as made:
+        try:
+            for host, port in zip(made, (22, 2222), strict=True):
+                options = [f"Port={port}", f"ListenAddress={host.address}", f'HostKey="{tmp_path}/host"', "PidFile=none"]
+                options += [f'AuthorizedKeysFile="{tmp_path}/user.pub"', "StrictModes=no", "UsePAM=no"]
+                options += ["PermitRootLogin=prohibit-password"]
+                words = host.inside(sshd, "-D", "-e", "-f", "/dev/null", *(word for o in options for word in ("-o", o)))
+                log = tmp_path / f"sshd{port}.log"
+                with log.open("w") as errors:
+                    daemons.append(programs.start(*words, stdout=errors, stderr=errors))
+                deadline = time.monotonic() + 30
+                while "Server listening" not in log.read_text():
+                    assert daemons[-1].poll() is None, log.read_text()
+                    assert time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.02)
+            yield made, tmp_path
+        finally:
+            for daemon in daemons:
+                daemon.kill()
+                daemon.wait()
 
 
 def ssh_run(ssh_hosts, *words):
-    made, folder = ssh_hosts
-    hosts = f"{made[0][1]}:22,{made[1][1]}:2222"
-    command = ["ip", "netns", "exec", made[0][0], sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run"]
-    command += [
-        "--host-list",
-        hosts,
-        "--master-port",
-        "29612",
-        "--env",
-        "PYTHONPATH",
-        "--workdir",
-        folder,
-        "--interface",
-        "cable",
-    ]
-    for option in (
-        f"IdentityFile={folder / 'user'}",
-        "StrictHostKeyChecking=no",
-        "UserKnownHostsFile=/dev/null",
-        "LogLevel=ERROR",
-    ):
+    (first, second), folder = ssh_hosts
+    command = [*first.inside(sys.executable), "-m", "lightning_accel.launch.cli", "ssh-run", "--workdir", folder]
+    command += ["--host-list", f"{first.address}:22,{second.address}:2222", "--env", "PYTHONPATH", "--interface", DEVICE]
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
+    for option in (f'IdentityFile="{folder}/user"', "IdentitiesOnly=yes", *options):
         command += ["--ssh-option", option]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in (*command, *words)], env=ENVIRONMENT, **pipes)
+    return programs.start(*command, *words)
 
 
 def test_two_hosts_train_the_example_over_ssh(ssh_hosts):
     """Catches what the stand-in for ssh does not have: other ports, other environments, connections of their own."""
     made, folder = ssh_hosts
-    process = ssh_run(ssh_hosts, "--nproc-per-node", 2, EXAMPLE, "--epochs", 1)
+    process = ssh_run(ssh_hosts, EXAMPLE, "--epochs", 1)
     try:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=100)
     finally:
         process.kill()
         process.wait()
     logs = "".join(path.read_text() for path in folder.glob("*.log"))
     assert process.returncode == 0, errors + logs
     assert output.count("test accuracy") == 1
-    assert output.startswith(f"[{made[0][1]}] [rank 0] ")
+    assert output.startswith(f"[{made[0].address}] [rank 0] ")
 
 
 def test_an_unplugged_host_ends_the_others(ssh_hosts):
@@ -255,11 +251,11 @@ def test_an_unplugged_host_ends_the_others(ssh_hosts):
             line = process.stdout.readline()
             assert line, process.stderr.read()
             pids[line[1:].partition("]")[0]] = int(line.split()[-1])
-        command("ip", "-n", made[1][0], "link", "set", made[1][2], "down")
-        _, errors = process.communicate(timeout=60)
+        made[1].unplug()
+        _, errors = process.communicate(timeout=100)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 255, errors
-    assert f"lightning-accel ssh-run: {made[1][1]} could not be reached by ssh, or its connection was lost" in errors
-    assert not is_alive(pids[made[0][1]])
+    assert f"lightning-accel ssh-run: {made[1].address} could not be reached by ssh, or its connection was lost" in errors
+    assert not programs.is_alive(pids[made[0].address])

@@ -2,23 +2,16 @@
 test_launchers.py.
 """
 
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import programs
+from helpers.ranks import run_script
+
 STEPS = Path(__file__).parents[2] / "examples" / "steps"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_all_are_short_and_listed():
@@ -31,30 +24,31 @@ def test_all_are_short_and_listed():
         assert len(script.read_text().splitlines()) < 80
 
 
+def check(said, percent_at_least=80):
+    (percent,) = re.findall(r"test accuracy (\d+\.\d)%", said)
+    assert float(percent) > percent_at_least
+
+
 @pytest.mark.parametrize(
-    ("script", "words", "said", "left"),
+    ("script", "words", "start", "left"),
     [
         ("1_one_process.py", (), "", ()),
-        ("2_spawn.py", ("--port", free_port()), ", 0.6 MB sent by each process", ()),
         ("4_several_nodes.py", ("--data", "data.pt"), "started by single process: rank=0", ("data.pt", "digits.pt")),
         ("5_lightning.py", ("--devices", 1), "", ("digits_snapshots/last.ckpt",)),
     ],
 )
-def test_a_step_learns(tmp_path, script, words, said, left):
-    """Catches processes that train apart, names that have changed, and files in another place."""
-    command = [sys.executable, STEPS / script, "--epochs", 3, *words]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (percent,) = re.findall(r"test accuracy (\d+\.\d)%", done.stdout)
-    assert float(percent) > 80
-    assert said in done.stdout
+def test_a_step_learns(tmp_path, script, words, start, left):
+    """Catches names that have changed, and files in another place."""
+    (said,) = run_script(STEPS / script, 1, "--epochs", 3, *words, folder=tmp_path, launched=False)
+    check(said)
+    assert said.startswith(start)
     for name in left:
         assert (tmp_path / name).exists()
+
+
+def test_the_step_that_spawns_learns(tmp_path, port):
+    """Catches processes that train apart, and a program that cannot be started anew by itself."""
+    done = programs.run(sys.executable, STEPS / "2_spawn.py", "--epochs", 3, "--port", port, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check(done.stdout)
+    assert ", 0.6 MB sent by each process" in done.stdout

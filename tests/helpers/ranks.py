@@ -8,9 +8,11 @@ import contextlib
 import faulthandler
 import importlib.util
 import inspect
+import io
 import multiprocessing
 import os
 import pickle
+import runpy
 import sys
 import tempfile
 import threading
@@ -21,8 +23,12 @@ from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.optim", "pytest", "lightning_accel"]
+from helpers import programs
+
+PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.optim", "pytest", "sklearn.datasets"]
+PRELOADED += [f"lightning_accel.{name}" for name in ("checkpoint", "data_parallel", "optim", "process_group", "reference")]
 
 OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING"}
 """What pytest, Lightning and torch set in the environment."""
@@ -39,9 +45,9 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 150.0,
     lost: Collection[int] = (),
-    backend: str = "gloo",
+    backend: str | None = "gloo",
 ) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` on each rank, with a default process group, and gives what each returned.
 
@@ -53,7 +59,7 @@ def run_ranks(
         args: the same for each, pickled.
         timeout: seconds until all ranks are killed.
         lost: ranks that `fn` kills or stops; nobody waits for them, and None is what they return.
-        backend: of the process group.
+        backend: of the process group; None leaves it to `fn` to make one.
 
     Raises:
         RankError: with the traceback of the rank that failed first.
@@ -104,9 +110,36 @@ def run_ranks(
     return results
 
 
+def run_script(path: Path, world_size: int, *words: object, folder: Path, launched: bool = True) -> list[str]:
+    """Runs a script on each rank, and gives what each printed; forked, it need not import torch anew.
+
+    Args:
+        path: of the script.
+        world_size: number of ranks.
+        words: the script's arguments; "{rank}" in them is the rank's own.
+        folder: where it runs.
+        launched: whether there are a launcher's variables, as torchrun sets them.
+    """
+    with programs.reserved_port() as port:
+        arguments = str(path), [str(word) for word in words], str(folder), port if launched else None
+        return run_ranks(_be_script, world_size, *arguments, backend=None)
+
+
 def own_threads() -> list[str]:
     """Names of the living threads that lightning_accel has started."""
     return [thread.name for thread in threading.enumerate() if "lightning_accel" in thread.name]
+
+
+def _be_script(rank: int, world_size: int, path: str, words: list[str], folder: str, port: int | None) -> str:
+    variables = {"LOCAL_RANK": rank, "RANK": rank, "LOCAL_WORLD_SIZE": world_size, "WORLD_SIZE": world_size, "GROUP_RANK": 0}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched = {name: str(value) for name, value in variables.items() if port is not None}
+    arguments = [path, *(word.format(rank=rank) for word in words)]
+    os.chdir(folder)
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, launched), mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(said):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()
 
 
 def _receive(receiver: connection.Connection) -> tuple[str, Any]:
@@ -141,9 +174,11 @@ def _run(rank: int, world_size: int, store: str, job: bytes) -> Any:
     fn = _load(module_name, file)
     for part in name.split("."):
         fn = getattr(fn, part)
-    dist.init_process_group(
-        backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+    if backend is not None:
+        meeting = dist.FileStore(store, world_size)
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    if backend == "gloo":
+        dist.barrier()  # a rank that is done at once would cut off those that still connect
     torch.manual_seed(1 + rank)
     environment = _own_variables()
     value = fn(rank, world_size, *pickle.loads(args))
@@ -152,7 +187,8 @@ def _run(rank: int, world_size: int, store: str, job: bytes) -> Any:
         time.sleep(0.02)
     assert not left, f"left threads: {left}; close() the replica"
     assert _own_variables() == environment, "changed environment variables"
-    dist.destroy_process_group()
+    if backend is not None:
+        dist.destroy_process_group()
     return value
 
 

@@ -251,18 +251,24 @@ def test_a_sigterm_on_one_rank_saves_and_stops_all(terminated: Any, case: str) -
 class Ahead(Net):
     """Rank 1 waits in its twentieth batch, in a collective that is not the algorithm's, when rank 0 is signalled in its sixth."""
 
-    def __init__(self, collective: str) -> None:
+    def __init__(self, collective: str, folder: str) -> None:
         super().__init__()
         self.collective = collective
+        self.waits = Path(folder) / f"{collective} waits"
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         strategy = self.trainer.strategy
         if self.global_rank == 0 and batch_idx == 5:
-            time.sleep(0.3)
+            deadline = time.monotonic() + 20
+            while not self.waits.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.2)
             signal.raise_signal(signal.SIGTERM)
             time.sleep(0.3)
         loss = super().training_step(batch, batch_idx)
         if batch_idx == 19:  # between forward and backward
+            if self.global_rank == 1:
+                self.waits.touch()
             if self.collective == "log":
                 self.log("loss", loss, on_step=True, sync_dist=True)
             elif self.collective == "gather":
@@ -277,11 +283,11 @@ class Ahead(Net):
 def _ahead(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     seen = {}
     for collective in ("callback", "log", "gather", "broadcast", "barrier"):
-        module, witness = Ahead(collective), OnSave()
+        module, witness = Ahead(collective, folder), OnSave()
         callbacks = [OnExceptionCheckpoint(Path(folder) / collective), witness]
         if collective == "callback":
             callbacks.append(ModelCheckpoint(folder, every_n_train_steps=20))
-        strategy = AccelStrategy("async", sync_interval_ms=100, timeout=timedelta(seconds=8))
+        strategy = AccelStrategy("async", sync_interval_ms=100, timeout=TIMEOUT)
         started = time.monotonic()
         try:
             fit(strategy, rank, world_size, module, steps=40, callbacks=callbacks, enable_checkpointing=True)
@@ -289,7 +295,8 @@ def _ahead(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             caught = type(error).__name__
         else:
             caught = "nothing"
-        seen[collective] = caught, time.monotonic() - started < 8, len(module.history), witness.weights, own_threads()
+        in_time = time.monotonic() - started < TIMEOUT.total_seconds()
+        seen[collective] = caught, in_time, len(module.history), witness.weights, own_threads()
     return seen
 
 

@@ -1,11 +1,8 @@
 """Fabric(strategy="accel"): the same algorithms in a loop of one's own."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
+
+from helpers.ranks import run_script
 
 EVERYTHING = """
 import sys, threading
@@ -59,7 +56,7 @@ for use_closure in (False, True):
     fabric.strategy.teardown()
     assert not own_threads() and fabric.strategy.replicas == []
 
-from lightning_accel.fabric import AccelStrategy
+from lightning_accel.strategy.{ours} import AccelStrategy
 fabric, model, optimizer = train(AccelStrategy(algorithm="bytegrad", codec="int8"), precision="bf16-mixed")
 assert isinstance(fabric.strategy, AccelStrategy)
 statistics = fabric.strategy.replicas[0].statistics
@@ -114,38 +111,23 @@ fabric.backward(first(batch).sum())
 fabric.backward(second(batch).sum())
 second_optimizer.step()
 assert (of_first.rounds, of_second.rounds) == (0, 1)
+fabric.strategy.teardown()
+assert not own_threads()
 print("all is well", flush=True)
 """
 
 
-@pytest.mark.parametrize("root", ["lightning.fabric", "lightning_fabric"])
-def test_fabric_trains_accumulates_saves_and_loads(root, tmp_path):
+@pytest.mark.parametrize(
+    ("root", "ours"),
+    [("lightning.fabric", "lightning_fabric_root"), ("lightning_fabric", "fabric_root")],
+    ids=["one", "separate"],
+)
+def test_fabric_trains_accumulates_saves_and_loads(root, ours, tmp_path):
     """Catches a name that Fabric does not know, a round that ends with another module's optimizer, state that is not saved."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     script = tmp_path / "script.py"
-    script.write_text(EVERYTHING.format(root=root))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            port,
-            str(script),
-            str(tmp_path),
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all is well") == 2
+    script.write_text(EVERYTHING.format(root=root, ours=ours))
+    said = run_script(script, 2, tmp_path, folder=tmp_path)
+    assert [text.count("all is well") for text in said] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["accel", "accel_bytegrad", "accel_spawn", "accel_find_unused_parameters_true"])

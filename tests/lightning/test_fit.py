@@ -117,7 +117,7 @@ def _compare_with_ddp(rank: int, world_size: int) -> dict[str, tuple[bool, float
 
 @pytest.fixture(scope="module")
 def compared() -> dict[str, tuple[bool, float, bool]]:
-    return run_ranks(_compare_with_ddp, 2, timeout=110)[1]
+    return run_ranks(_compare_with_ddp, 2)[1]
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -229,7 +229,7 @@ def _compiled(rank: int, world_size: int, strategy: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def facts() -> list[dict[str, Any]]:
-    return run_ranks(_everything_else, 2, timeout=110)
+    return run_ranks(_everything_else, 2)
 
 
 def test_first_step_of_bytegrad_is_within_the_bound_of_two_roundings(facts: Any) -> None:

@@ -1,6 +1,5 @@
 """Scripts as users write them, with the processes that Lightning starts; and what is left when one of them is killed."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 from lightning_fits import as_if_installed
 
-pytestmark = pytest.mark.timeout(240)  # three scripts and their processes import Lightning
+from helpers import programs
 
 SCRIPT = """
 import os, signal, sys
@@ -114,13 +113,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 
 def _living(folder: Path) -> list[int]:
-    """Those of a script's ranks that still run; one that ended may wait for its parent still."""
-    living = []
-    for pid in (int(path.read_text()) for path in folder.glob("pid*")):
-        with contextlib.suppress(FileNotFoundError):
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                living.append(pid)
-    return living
+    """Those of a script's ranks that still run."""
+    return [pid for path in folder.glob("pid*") if programs.is_alive(pid := int(path.read_text()))]
 
 
 @pytest.mark.parametrize(

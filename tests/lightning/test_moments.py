@@ -310,7 +310,7 @@ def _failures(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(_failures, 2, str(tmp_path_factory.mktemp("on_exception")), timeout=110)
+    return run_ranks(_failures, 2, str(tmp_path_factory.mktemp("on_exception")))
 
 
 def _collapsed(events: list[str]) -> list[str]:

@@ -19,8 +19,6 @@ import lightning_accel
 import lightning_accel_autoload
 from lightning_accel import AccelStrategy
 
-pytestmark = pytest.mark.timeout(240)  # three interpreters import Lightning
-
 BASES = {
     "accel": {},
     "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
@@ -58,6 +56,9 @@ def trainer(strategy, **kwargs):
     return [type(strategy).__module__, arguments]
 
 facts["names"] = {{name: trainer(name) for name in registry.available_strategies() if name.startswith("accel")}}
+fabric = "lightning.fabric" if root == "lightning.pytorch" else "lightning_fabric"
+fabric_registry = sys.modules[fabric + ".strategies"].STRATEGY_REGISTRY
+facts["fabric"] = [name for name in fabric_registry.available_strategies() if name.startswith("accel")]
 facts["accel"] = trainer("accel")
 os.environ["PL_TRAINER_STRATEGY"] = "ACCEL_bytegrad"
 try:
@@ -78,6 +79,8 @@ facts["algorithms"] = [list(lightning_accel_autoload.ALGORITHMS), algorithm_name
 MORE_OF_PYTORCH_LIGHTNING = """
 import lightning_accel
 facts["class of the root in use"] = lightning_accel.AccelStrategy.__module__
+import lightning_accel.fabric
+facts["class of Fabric's root in use"] = lightning_accel.fabric.AccelStrategy.__module__
 facts["instance"] = trainer(lightning_accel.AccelStrategy("bytegrad"))[0]
 import lightning.pytorch as other
 facts["another root, later"] = type(
@@ -134,6 +137,7 @@ def test_every_name_resolves_without_an_import(interpreters: Any, root: str) -> 
     defaults = {"algorithm": "gradient_allreduce", "start_method": "popen", "gradient_as_bucket_view": True}
     module = f"lightning_accel.strategy.{root}_root"
     assert facts["names"] == {name: [module, defaults | arguments] for name, arguments in NAMES.items()}
+    assert set(facts["fabric"]) == set(NAMES)
     assert facts["variable"] == "bytegrad"
 
 
@@ -143,6 +147,7 @@ def test_switched_off_it_is_an_unknown_name(interpreters: Any) -> None:
     for refusal in (facts["accel"], facts["variable"]):
         assert refusal.startswith("ValueError: You selected an invalid strategy name")
     assert facts["names"] == {}
+    assert facts["fabric"] == []
     module, arguments = facts["after the import"]
     assert module == "lightning_accel.strategy.lightning_root"
     assert arguments["algorithm"] == "bytegrad"
@@ -152,6 +157,7 @@ def test_each_root_has_its_own_class(interpreters: Any) -> None:
     """Catches `lightning_accel.AccelStrategy` of a root that the program does not use, which its Trainer refuses."""
     facts = interpreters["pytorch_lightning"]
     assert facts["class of the root in use"] == "lightning_accel.strategy.pytorch_lightning_root"
+    assert facts["class of Fabric's root in use"] == "lightning_accel.strategy.fabric_root"
     assert facts["instance"] == "lightning_accel.strategy.pytorch_lightning_root"
     assert facts["another root, later"] == "lightning_accel.strategy.lightning_root"
     assert AccelStrategy.__module__ == "lightning_accel.strategy.lightning_root"

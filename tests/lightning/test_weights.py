@@ -127,7 +127,7 @@ def _fits(rank: int, world_size: int, options: dict[str, Any], folder: str) -> d
 
 @pytest.fixture(scope="module", params=OPTIONS, ids=lambda options: options["algorithm"])
 def fits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(_fits, 2, request.param, str(tmp_path_factory.mktemp("files")), timeout=90)
+    return run_ranks(_fits, 2, request.param, str(tmp_path_factory.mktemp("files")))
 
 
 def test_one_model_is_evaluated_and_saved(fits: Any) -> None:

@@ -2,10 +2,9 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+from helpers.ranks import run_script
 from lightning_accel import connections
 
 
@@ -67,8 +66,7 @@ def test_nothing_is_done_where_there_is_no_proc(monkeypatch, tmp_path):
 
 
 GROUPS = """
-import socket, sys
-from pathlib import Path
+import socket
 import torch
 import lightning_accel as accel
 from lightning_accel import connections
@@ -87,7 +85,7 @@ model = torch.nn.Linear(2, 2)
 ddp = accel.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), "bytegrad")
 made = set(connections.open_sockets()) - before - joined
 found = [sorted(timeouts(names)) for names in (before, joined, made)]
-Path(sys.argv[1], str(accel.get_rank())).write_text(repr(found))
+print(found)
 accel.unwrap(ddp)
 accel.destroy_process_group()
 """
@@ -97,10 +95,4 @@ def test_ranks_watch_the_connections_between_them(tmp_path):
     """Catches connections of a group or a store that nobody watches, and others that are watched with them."""
     script = tmp_path / "script.py"
     script.write_text(GROUPS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "GLOO_SOCKET_IFNAME": "lo"}
-    words = [*launcher, str(script), str(tmp_path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    # A file for each rank: what both print may come out as one line.
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["[[0], [120000], [120000]]"] * 2
+    assert run_script(script, 2, folder=tmp_path) == ["[[0], [120000], [120000]]\n"] * 2

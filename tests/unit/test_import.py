@@ -1,10 +1,9 @@
 """What importing the package does, and does not."""
 
-import os
-import subprocess
 import sys
 
 import lightning_accel
+from helpers import programs
 
 QUIET = """
 import os, sys, threading
@@ -38,14 +37,7 @@ assert "lightning.pytorch" not in sys.modules and "pytorch_lightning" not in sys
 
 def run(code: str) -> None:
     """In an interpreter of its own, which finds the package where this one does."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:lightning_accel", "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = programs.run(sys.executable, "-W", "error::DeprecationWarning:lightning_accel", "-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
 
@@ -53,6 +45,21 @@ def run(code: str) -> None:
 def test_importing_starts_and_changes_nothing():
     """Catches a thread, a process group, a CUDA context, a patched class or a seed at import, and an import of Lightning."""
     run(QUIET)
+
+
+COMMAND_LINE = """
+import sys
+import lightning_accel.launch.cli, lightning_accel.launch.node_agent, lightning_accel.environment
+assert "torch" not in sys.modules
+import lightning_accel
+assert "wrap" in dir(lightning_accel)
+assert lightning_accel.wrap is sys.modules["lightning_accel.data_parallel"].wrap
+"""
+
+
+def test_the_command_line_does_not_wait_for_torch():
+    """Catches two seconds before each message of the command, and before each host's part of `ssh-run`."""
+    run(COMMAND_LINE)
 
 
 def test_public_names_exist():

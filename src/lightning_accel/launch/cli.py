@@ -8,12 +8,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from lightning_accel.connections import watch_connections
 from lightning_accel.launch import ssh_run
-from lightning_accel.launch.arguments import of_script, positive
+from lightning_accel.launch.arguments import add_tuning, of_script, tuning_of
 
 _FAILED = 1
 
@@ -108,20 +107,18 @@ def _run(words: list[str]) -> int:
     parser.description = "Starts a program on the processes of this node: torchrun, with options for the network (at the end)."
     parser.epilog = _EXIT_CODES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    tuning = parser.add_argument_group("network", "set in the processes' environment, and printed")
-    for option in _TUNING:
-        help_text = f"{option.help} ({', '.join(option.variables)})"
-        tuning.add_argument(f"--{option.name}", type=option.kind, help=help_text, metavar=option.metavar)
+    add_tuning(parser)
     args = parser.parse_args(words)
     args.training_script_args = of_script(args.training_script, args.training_script_args, words)
     if re.fullmatch("-?[0-9]+", args.nproc_per_node) and int(args.nproc_per_node) < 1:
         parser.error(f"argument --nproc-per-node: must be at least 1: got {args.nproc_per_node}")
+    if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", args.nnodes, re.ASCII):
+        parser.error(f"argument --nnodes: must be a number of nodes, or the least and the most as 2:4: got {args.nnodes}")
+    if args.master_port is not None and not 0 <= args.master_port <= 65535:
+        parser.error(f"argument --master-port: must be from 0 to 65535: got {args.master_port}")
     if args.nnodes.isdecimal() and args.rdzv_backend == "static" and not 0 <= args.node_rank < int(args.nnodes):
         parser.error(f"argument --node-rank: must be at least 0 and below --nnodes {args.nnodes}: got {args.node_rank}")
-    for option in _TUNING:
-        value = getattr(args, option.name.replace("-", "_"))
-        if value is None:
-            continue
+    for option, value in tuning_of(args):
         for variable in option.variables:
             os.environ[variable] = str(value)
             print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
@@ -145,31 +142,10 @@ def _run(words: list[str]) -> int:
             file=sys.stderr,
         )
         return _FAILED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AssertionError) as error:  # torchrun asserts what its arguments must be
         print(f"lightning-accel run: {error}", file=sys.stderr)
         return _FAILED
     return 0
-
-
-@dataclass(frozen=True)
-class _Option:
-    """An option of the network, and the variables it sets."""
-
-    name: str
-    variables: tuple[str, ...]
-    kind: Callable[[str], str | int]
-    metavar: str
-    help: str
-
-
-_TUNING = (
-    _Option(
-        "interface", ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), str, "NAME", "network interface for messages, such as eth0"
-    ),
-    _Option("nccl-socket-threads", ("NCCL_SOCKET_NTHREADS",), positive, "N", "threads of NCCL's TCP transport a connection"),
-    _Option("nccl-sockets-per-thread", ("NCCL_NSOCKS_PERTHREAD",), positive, "N", "sockets of each; at most 64 in all"),
-    _Option("omp-threads", ("OMP_NUM_THREADS",), positive, "N", "threads for CPU work in each process"),
-)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,27 @@ import sys
 import threading
 from collections.abc import Iterator
 
+_FAILED = 1
+
 _GRACE_SECONDS = 10.0
 """Between asking a job to end and ending it."""
 
 
 def main() -> int:
-    """Runs the job; returns its exit code, or 128 + n if signal n ended it."""
+    """Runs the job; returns its exit code, 128 + n if signal n ended it, or 1 if it cannot be started."""
     lines = _lines_of_input()
     job = json.loads(next(lines))
-    process = subprocess.Popen(
-        job["argv"],
-        cwd=job["workdir"],
-        env={**os.environ, **job["variables"]},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a process group of its own, to be signalled as a whole
-    )
+    try:
+        process = subprocess.Popen(
+            job["argv"],
+            cwd=job["workdir"],
+            env={**os.environ, **job["variables"]},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a process group of its own, to be signalled as a whole
+        )
+    except OSError as error:
+        print(f"lightning-accel ssh-run: cannot start here: {error}; see --workdir and --python", file=sys.stderr)
+        return _FAILED
     threading.Thread(target=_obey, args=(process, lines), daemon=True).start()
     code = process.wait()
     _signal_all(process, signal.SIGKILL)  # what it left behind

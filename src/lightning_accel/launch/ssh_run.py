@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from typing import IO
 
 from lightning_accel.connections import UNREACHABLE_SECONDS
 from lightning_accel.environment import DEFAULT_PORT, variable
-from lightning_accel.launch.arguments import port, positive
+from lightning_accel.launch.arguments import add_tuning, port, positive, tuning_of
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
+
+_FAILED = 1
 
 _SSH_FAILED = 255
 
@@ -110,13 +113,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="where to start on each host (default: here)")  # noqa: PTH109
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
-    parser.add_argument("--interface", metavar="NAME", help="network interface for messages, such as eth0")
     parser.add_argument("script", help="what to run: a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it").required = False
+    add_tuning(parser)
 
 
 def ssh_run(args: argparse.Namespace) -> int:
-    """Runs the command on all hosts; returns the exit code of the one that failed first, 130 after Ctrl-C, else 0."""
+    """Runs the command on all hosts; returns the exit code of the one that failed first, 130 after Ctrl-C, 1 without ssh."""
+    if shutil.which("ssh") is None:
+        _say("there is no ssh on PATH here: install OpenSSH's client")
+        return _FAILED
     nodes = [_Node(host, rank, args) for rank, host in enumerate(args.host_list)]
     try:
         for node in nodes:
@@ -172,8 +178,8 @@ class _Node:
         self._options = args.ssh_option
         run = ["--nnodes", len(args.host_list), "--node-rank", rank, "--nproc-per-node", args.nproc_per_node, "--tee", 3]
         run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
-        if args.interface is not None:
-            run += ["--interface", args.interface]
+        for option, value in tuning_of(args):
+            run += [f"--{option.name}", value]
         # -u: torchrun's --tee does not flush what it prints.
         argv = [args.python, "-u", "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
