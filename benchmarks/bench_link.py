@@ -121,7 +121,9 @@ def main() -> None:
     arguments.add_argument("--latency", default="10ms", help="longest queue at the link (default: %(default)s)")
     arguments.add_argument("--congestion-control", help="of TCP, such as cubic (default: the system's)")
     arguments.add_argument("--model", choices=MODELS, default="large")
-    arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="first ddp (default: all)")
+    arguments.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="first ddp (default: all)"
+    )
     arguments.add_argument("--rounds", type=int, default=6, help="of fits; two pairs each (default: %(default)s)")
     arguments.add_argument("--steps", type=int, default=25, help="of a fit (default: %(default)s)")
     arguments.add_argument("--bucket-cap-mb", type=float, help="of DDP, for all strategies alike (default: torch's own)")

@@ -24,7 +24,9 @@ def free_port() -> int:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="first ddp (default: all)")
+    arguments.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="first ddp (default: all)"
+    )
     arguments.add_argument("--rounds", type=int, default=12, help="of fits; two pairs each (default: %(default)s)")
     arguments.add_argument("--steps", type=int, default=35, help="of a fit (default: %(default)s)")
     args = arguments.parse_args()
