@@ -6,6 +6,7 @@ Names are imported at their first use: the command line, and its agents on other
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning_accel_autoload
@@ -88,7 +89,10 @@ def __getattr__(name: str) -> Any:
         return import_module(f"lightning_accel.strategy.{root}").AccelStrategy
     if name in __all__:
         modules = (import_module(f"lightning_accel.{place}") for place in _PLACES)
-        return next(getattr(module, name) for module in modules if hasattr(module, name))
+        globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+        return globals()[name]
+    if not name.startswith("_") and find_spec(f"lightning_accel.{name}") is not None:
+        return import_module(f"lightning_accel.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

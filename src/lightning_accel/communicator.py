@@ -544,6 +544,8 @@ class Communicator:
                 self._failure.__cause__ = error
                 # A traceback keeps the variables of its frames, the group among them, and with it the connections.
                 traceback.clear_frames(error.__traceback__)
+                for watched in self._watched:  # first: closing what waits on a GPU takes as long as it waits
+                    watched.abort()
                 # Closing connections makes peers that wait for this rank fail now, and this rank's other lanes. On a thread of
                 # its own: it waits for the backend's threads, and this may be one of them.
                 self._abandoning = threading.Thread(target=self._abort_groups, name="lightning_accel abandon", daemon=True)
@@ -551,8 +553,6 @@ class Communicator:
                     self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
-        for watched in self._watched:
-            watched.abort()
         for task in pending:
             task.deliver()
 

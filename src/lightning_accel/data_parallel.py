@@ -120,7 +120,7 @@ def unwrap(ddp: AccelDataParallel) -> nn.Module:
 
 def check_wrapped(ddp: object) -> None:
     """Refuses a model that has no algorithm."""
-    if not isinstance(ddp, AccelDataParallel):
+    if not isinstance(getattr(ddp, "replica", None), Replica):  # a compiled one has it too, a copy has not
         raise TypeError(f"what lightning_accel.wrap has returned is needed: got {type(ddp).__name__}")
 
 

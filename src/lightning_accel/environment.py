@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import socket
@@ -35,7 +36,7 @@ def torchrun_attempt() -> str | None:
 
 
 def wants_peer_memory() -> bool:
-    """Whether LIGHTNING_ACCEL_PEER_MEMORY=1 asks for all_reduces over memory that GPUs of a node share (docs/performance.md)."""
+    """Whether LIGHTNING_ACCEL_PEER_MEMORY=1 asks for all_reduces over memory that GPUs of a node share (docs/design/0011)."""
     return os.environ.get("LIGHTNING_ACCEL_PEER_MEMORY") == "1"
 
 
@@ -131,10 +132,9 @@ def detect(
     """
     env = os.environ if variables is None else variables
     known: dict[str, tuple[int, str]] = {}
-    local = {"local_rank": local_rank, "local_world_size": local_world_size}
-    for name, value in {"rank": rank, "world_size": world_size, **local, "port": port}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name} must be a whole number: got {value!r}")
+    rank, world_size = _whole("rank", rank), _whole("world_size", world_size)
+    local = {"local_rank": _whole("local_rank", local_rank), "local_world_size": _whole("local_world_size", local_world_size)}
+    port = _whole("port", port)
     known.update({name: (value, "argument") for name, value in local.items() if value is not None})
     if rank is not None or world_size is not None:
         launcher = "arguments"
@@ -153,7 +153,7 @@ def detect(
     is_local = known["local_world_size"][0] == known["world_size"][0]
     host, sources["host"] = _find_host(host, env, launcher, is_local)
     port, sources["port"] = _find_port(port, env, launcher)
-    if not 1 <= port <= 65535:
+    if known["world_size"][0] > 1 and not 1 <= port <= 65535:  # a single process meets nobody
         raise ValueError(f"port must be from 1 to 65535: got {port} ({sources['port']})")
     return Environment(launcher, **{name: value for name, (value, _) in known.items()}, host=host, port=port, sources=sources)
 
@@ -187,6 +187,18 @@ def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) ->
 def _node_rank_of(known: dict[str, tuple[int, str]]) -> tuple[int, str]:
     """Where nodes have equally many ranks, in order."""
     return known["rank"][0] // max(known["local_world_size"][0], 1), "rank"
+
+
+def _whole(name: str, value: object) -> int | None:
+    """A whole number of any kind, NumPy's for one."""
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a whole number: got {value!r}")
 
 
 def _check(known: dict[str, tuple[int, str]]) -> None:

@@ -99,7 +99,11 @@ def init_process_group(
     assert dist.group.WORLD is not None
     if backend_of(dist.group.WORLD, torch.device("cpu")) == "gloo":
         # A rank that leaves at once would cut off those that still connect.
-        dist.all_reduce(torch.zeros(1))
+        try:
+            dist.all_reduce(torch.zeros(1, device="cpu"))
+        except BaseException:
+            dist.destroy_process_group()
+            raise
     watch_connections(others)
     _joined.append(found)
     return found

@@ -59,6 +59,7 @@ class Replica:
         """Rounds finished so far."""
         named = zip(parameters.names, parameters.tensors, strict=True)
         self._frozen = {name: p for name, p in named if not p.requires_grad and name not in ddp.parameters_to_ignore}
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._in_round = False
         self._has_reduced = False
         self._backward_is_armed = False
@@ -89,6 +90,7 @@ class Replica:
         optimizers = list(optimizers)
         hook = partial(_after_optimizer_step, weakref.ref(self))
         self._handles += [optimizer.register_step_post_hook(hook) for optimizer in optimizers]
+        self._optimizers = optimizers
         self.algorithm.attach_optimizers(optimizers)
 
     @property
@@ -105,7 +107,8 @@ class Replica:
         """Ends the round: gradients are complete, the optimizer has not stepped yet. Nothing outside of a round.
 
         Raises:
-            RuntimeError: if a weight that was frozen at first has a gradient now; the optimizer has changed none yet.
+            RuntimeError: if a weight that was frozen at first has a gradient now, which the optimizer would use. In plain PyTorch
+                with a closure, whose backward comes after this, one step later.
         """
         self._may_differ = self.algorithm.ranks_differ
         if not self._in_round:
@@ -197,6 +200,9 @@ class Replica:
     def _check_frozen(self) -> None:
         """DDP and algorithms know the weights that needed a gradient at first: the gradient of another stays each rank's own."""
         unfrozen = [name for name, parameter in self._frozen.items() if parameter.requires_grad and parameter.grad is not None]
+        if unfrozen and self._optimizers:  # another model may share the weight, and train it by an optimizer of its own
+            stepped = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+            unfrozen = [name for name in unfrozen if id(self._frozen[name]) in stepped]
         if unfrozen and self.communicator.world_size > 1:
             raise RuntimeError(
                 f"{self.communicator.name}: {unfrozen[0]!r} (one of {len(unfrozen)}) was frozen when the model was wrapped, and "

@@ -331,6 +331,35 @@ def unfrozen(rank, world_size):
     return messages
 
 
+def shared(rank, world_size):
+    """A model is trained through another one that is frozen there, and that a wrapper of its own trains."""
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+    second.requires_grad_(False)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (first, second)]
+    both = wrap(torch.nn.Sequential(first, second), optimizers[0], "bytegrad")
+    second.requires_grad_(True)
+    alone = wrap(second, optimizers[1], "bytegrad")
+    for step in range(2):
+        x = torch.full((2, 3), float(rank + step))
+        alone(x).sum().backward()
+        optimizers[1].step()
+        both(x).sum().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        optimizers[1].zero_grad()
+    for ddp in (both, alone):
+        unwrap(ddp)
+    return [parameter.detach() for module in (first, second) for parameter in module.parameters()]
+
+
+def test_a_weight_that_another_model_trains_is_not_refused():
+    """Catches a check that takes every gradient of a weight that was frozen for one that this optimizer uses."""
+    mine, others = run_ranks(shared, 2, timeout=30)
+    for one, other in zip(mine, others, strict=True):
+        assert_same_bits(one, other, "shared")
+
+
 def test_weights_unfrozen_later_are_refused_before_they_differ():
     """Catches weights that each rank trains to another value, and that no consensus makes equal."""
     (mine, others) = run_ranks(unfrozen, 2)

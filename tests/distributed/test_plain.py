@@ -124,6 +124,8 @@ def wrap_models(rank, world_size):
     mean = sum(data_of(r).sum(0) for r in range(world_size)) / world_size
     torch.testing.assert_close(copied.module.weight.grad, mean.expand(2, 3))
     assert ddp.replica.rounds == 0
+    with pytest.raises(TypeError, match=r"what lightning_accel\.wrap has returned is needed"):
+        accel.unwrap(copied)
 
     # So does one that was pickled, whether the algorithm takes whole buckets or lets DDP divide.
     plain = accel.wrap(model, optimizer)
@@ -135,7 +137,7 @@ def wrap_models(rank, world_size):
             pickled(data_of(rank)).sum().backward()
             torch.testing.assert_close(pickled.module.weight.grad, mean.expand(2, 3))
         assert wrapped.replica.rounds == 0
-    accel.unwrap(plain)
+    assert accel.unwrap(torch.compile(plain)) is model
 
     # One that is dropped leaves no thread.
     for _ in range(2):

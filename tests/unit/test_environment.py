@@ -159,6 +159,15 @@ def test_what_is_wrong_is_named(variables, arguments, message):
         environment.detect(variables=variables, **arguments)
 
 
+def test_numbers_may_be_numpys_and_a_single_process_needs_no_port():
+    """Catches a check of types that asks for int alone, and one of what nobody uses."""
+    numpy = pytest.importorskip("numpy")
+    found = environment.detect(rank=numpy.int64(1), world_size=numpy.int32(2), port=numpy.uint16(7), host="a", variables={})
+    assert (found.rank, found.world_size, found.port) == (1, 2, 7)
+    assert type(found.rank) is int
+    assert environment.detect(rank=0, world_size=1, variables={"MASTER_PORT": "0"}).world_size == 1
+
+
 def test_it_says_where_it_knows_from():
     """Catches a description that leaves the user guessing which variable was believed."""
     text = str(environment.detect(variables=TORCHRUN))

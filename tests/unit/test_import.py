@@ -53,7 +53,9 @@ import lightning_accel.launch.cli, lightning_accel.launch.node_agent, lightning_
 assert "torch" not in sys.modules
 import lightning_accel
 assert "wrap" in dir(lightning_accel)
+assert lightning_accel.optim.Phase is not None and "torch" in sys.modules
 assert lightning_accel.wrap is sys.modules["lightning_accel.data_parallel"].wrap
+assert not hasattr(lightning_accel, "no_such_name")
 """
 
 

@@ -15,6 +15,8 @@ from helpers.ranks import run_ranks
 from lightning_accel import _native, codecs
 from lightning_accel.algorithms import bucket_plans
 from lightning_accel.collectives import Scratch, compressed_all_reduce
+from lightning_accel.communicator import Communicator
+from lightning_accel.topology import Topology
 
 PLAN = codecs.Plan("int8", torch.float32, [0], [1000])
 ROOM = _native.peer_memory_bytes(2, PLAN.wire_bytes)
@@ -167,6 +169,32 @@ def test_its_failure_ends_training():
             assert calls == limit + 1
             assert aborts >= 1
             assert closes == 1
+
+
+def fail_alone(rank, n):
+    """What happens to what is watched, in order, where no other thread has to wait for anything."""
+    happened = []
+
+    class Noted:
+        def check(self):
+            pass
+
+        def abort(self):
+            happened.append("abort")
+
+        def close(self):
+            happened.append("close")
+
+    communicator = Communicator("test", None, torch.device("cpu"), None, Topology(((0,),)))
+    communicator.watch(Noted())
+    communicator.fail(RuntimeError("it failed elsewhere"), "a bucket", torch.zeros(1))
+    communicator.close()
+    return happened
+
+
+def test_a_failure_ends_waits_before_it_waits_for_them():
+    """Catches a teardown that waits for a kernel which waits for a rank that is gone."""
+    assert run_ranks(fail_alone, 1) == [["abort", "close"]]
 
 
 class Messages(logging.Handler):

@@ -114,6 +114,11 @@ def _run(words: list[str]) -> int:
         parser.error(f"argument --nproc-per-node: must be at least 1: got {args.nproc_per_node}")
     if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", args.nnodes, re.ASCII):
         parser.error(f"argument --nnodes: must be a number of nodes, or the least and the most as 2:4: got {args.nnodes}")
+    least, _, most = args.nnodes.partition(":")
+    if int(least) > int(most or least):
+        parser.error(f"argument --nnodes: the least must not be above the most: got {args.nnodes}")
+    if args.max_restarts < 0:
+        parser.error(f"argument --max-restarts: must be at least 0: got {args.max_restarts}")
     if args.master_port is not None and not 0 <= args.master_port <= 65535:
         parser.error(f"argument --master-port: must be from 0 to 65535: got {args.master_port}")
     if args.nnodes.isdecimal() and args.rdzv_backend == "static" and not 0 <= args.node_rank < int(args.nnodes):
@@ -143,7 +148,7 @@ def _run(words: list[str]) -> int:
         )
         return _FAILED
     except (ValueError, OSError, AssertionError) as error:  # torchrun asserts what its arguments must be
-        print(f"lightning-accel run: {error}", file=sys.stderr)
+        print(f"lightning-accel run: {error or type(error).__name__}", file=sys.stderr)
         return _FAILED
     return 0
 
