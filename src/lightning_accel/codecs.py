@@ -146,19 +146,19 @@ def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor, residuals: Resi
 
     Padding keeps what it held.
     """
-    _check(tensor, plan.dtype, wire, "tensor")
-    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire), *_residuals(residuals, wire.device))
+    check_operands(tensor, plan.dtype, wire, "tensor")
+    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire), *residual_addresses(residuals, wire.device))
 
 
 def decode(plan: Plan, wire: torch.Tensor, tensor: torch.Tensor) -> None:
     """Writes the value of `wire` to the plan's elements of `tensor` (`plan.dtype`)."""
-    _check(tensor, plan.dtype, wire, "tensor")
+    check_operands(tensor, plan.dtype, wire, "tensor")
     plan._run(_native.decode, tensor.device, *_memory(wire), *_memory(tensor))
 
 
 def decode_accumulate(plan: Plan, wire: torch.Tensor, accumulator: torch.Tensor) -> None:
     """Adds the value of `wire` to the plan's elements of `accumulator` (`plan.value_dtype`)."""
-    _check(accumulator, plan.value_dtype, wire, "accumulator")
+    check_operands(accumulator, plan.value_dtype, wire, "accumulator")
     plan._run(_native.decode_accumulate, accumulator.device, *_memory(wire), *_memory(accumulator))
 
 
@@ -184,16 +184,21 @@ def decode_sum_encode(
         divisor: what the sum is divided by.
         residuals: for error feedback: added to the mean.
     """
-    _check(messages, torch.uint8, wire, "messages")
+    check_operands(messages, torch.uint8, wire, "messages")
     of_messages = (*_memory(messages), count, stride_bytes, divisor)
-    plan._run(_native.decode_sum_encode, wire.device, *of_messages, *_memory(wire), *_residuals(residuals, wire.device))
+    plan._run(_native.decode_sum_encode, wire.device, *of_messages, *_memory(wire), *residual_addresses(residuals, wire.device))
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
 
 
-def _residuals(residuals: Residuals | None, device: torch.device) -> tuple[int, int, int]:
+def residual_addresses(residuals: Residuals | None, device: torch.device) -> tuple[int, int, int]:
+    """Addresses of the old and the updated residuals and how many there are, for native operations; 0 for none.
+
+    Raises:
+        ValueError: for residuals of another kind, or on another device.
+    """
     if residuals is None:
         return 0, 0, 0
     for name, memory in (("old", residuals.old), ("updated", residuals.updated)):
@@ -206,7 +211,8 @@ def _residuals(residuals: Residuals | None, device: torch.device) -> tuple[int, 
     return residuals.old.data_ptr(), residuals.updated.data_ptr(), numel
 
 
-def _check(tensor: torch.Tensor, dtype: torch.dtype, wire: torch.Tensor, name: str) -> None:
+def check_operands(tensor: torch.Tensor, dtype: torch.dtype, wire: torch.Tensor, name: str) -> None:
+    """Raises ValueError unless a native operation can use a tensor of `dtype`, called `name`, and a message."""
     if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be one-dimensional, contiguous, {dtype}: got {tensor.dtype} of shape {tuple(tensor.shape)}, "

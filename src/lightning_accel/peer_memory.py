@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel import _native
-from lightning_accel.codecs import Residuals
+from lightning_accel.codecs import check_operands, residual_addresses
 from lightning_accel.collectives import Feedback, Group, TwoShotPlan
 
 if TYPE_CHECKING:
@@ -58,14 +58,13 @@ class PeerMemory:
 
         Raises:
             TimeoutError: if an earlier all_reduce has failed by now.
+            ValueError: for a tensor or residuals of another kind than planned.
         """
         self.check()
         device = self._memory.device
-        if tensor.dtype != plan.everything.dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != device:
-            raise ValueError(
-                f"the tensor must be one-dimensional, contiguous, {plan.everything.dtype} on {device}: got {tensor.dtype} of "
-                f"shape {tuple(tensor.shape)} on {tensor.device}"
-            )
+        check_operands(tensor, plan.everything.dtype, self._memory, "tensor")
+        worker, server = (feedback.worker, feedback.server) if feedback is not None else (None, None)
+        residuals = residual_addresses(worker, device), residual_addresses(server, device)
         with torch.cuda.device(device):
             _native.peer_all_reduce(
                 plan.everything.native,
@@ -80,8 +79,7 @@ class PeerMemory:
                 self._memory.numel(),
                 self._group.rank,
                 divisor,
-                _addresses_of(feedback.worker if feedback is not None else None),
-                _addresses_of(feedback.server if feedback is not None else None),
+                *residuals,
                 self._failure.data_ptr(),
                 self._timeout.total_seconds(),
                 torch.cuda.current_stream(device).cuda_stream,
@@ -181,10 +179,10 @@ def _map(memory: torch.Tensor, process_group: dist.ProcessGroup) -> _SymmetricMe
 
 
 def _try(function: Callable[..., _T], *arguments: Any) -> tuple[_T | None, str | None]:
-    """What a function gives, or why it fails: torch has no memory, sees one GPU under several numbers, a driver is too old ..."""
+    """What a function gives, or why torch cannot: no memory, one GPU under several numbers, an old driver, no such thing ..."""
     try:
         return function(*arguments), None
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         return None, str(error).splitlines()[0]
 
 
@@ -193,9 +191,3 @@ def _agree(reason: str | None, process_group: dist.ProcessGroup) -> str | None:
     reasons: list[str | None] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(reasons, reason, group=process_group)
     return next((one for one in reasons if one is not None), None)
-
-
-def _addresses_of(residuals: Residuals | None) -> tuple[int, int, int]:
-    if residuals is None:
-        return 0, 0, 0
-    return residuals.old.data_ptr(), residuals.updated.data_ptr(), residuals.old.numel()

@@ -5,6 +5,8 @@ native/tests/test_peers_emulated.cpp has what the kernel computes, tests/cuda/te
 
 import logging
 import os
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ import lightning_accel as accel
 from helpers.ranks import run_ranks
 from lightning_accel import _native, codecs
 from lightning_accel.algorithms import bucket_plans
-from lightning_accel.collectives import Scratch, compressed_all_reduce
+from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce
 from lightning_accel.communicator import Communicator
+from lightning_accel.peer_memory import PeerMemory
 from lightning_accel.topology import Topology
 
 PLAN = codecs.Plan("int8", torch.float32, [0], [1000])
@@ -85,6 +88,19 @@ def test_a_rank_that_sums_nothing_needs_no_residuals_there():
     """Catches a rank without blocks that is refused alone, while the others wait for it."""
     with pytest.raises(ValueError, match="no CUDA kernels"):
         _native.peer_all_reduce(**arguments(worker=(16, 16, 1000), own=codecs.Plan("int8", torch.float32, [], []).native))
+
+
+def test_a_tensor_of_another_kind_is_refused():
+    """Catches an address that goes to the kernel with a type, a place or strides that are not the plan's."""
+    mapping = SimpleNamespace(buffer_ptrs=[16])
+    peers = PeerMemory(Group(None), torch.zeros(ROOM, dtype=torch.uint8), mapping, timedelta(seconds=1))
+    plan = TwoShotPlan(PLAN, PLAN, PLAN.wire_bytes, is_whole=True)
+    for wrong in (torch.zeros(1000, dtype=torch.float64), torch.zeros(2, 500), torch.zeros(2000)[::2]):
+        with pytest.raises(ValueError, match=r"tensor must be one-dimensional, contiguous, torch\.float32"):
+            peers.all_reduce(wrong, plan, divisor=1)
+    of_wrong_type = codecs.Residuals(torch.zeros(1000, dtype=torch.float64), torch.zeros(1000))
+    with pytest.raises(ValueError, match="residuals must be one-dimensional, contiguous, float32 on cpu"):
+        peers.all_reduce(torch.zeros(1000), plan, divisor=1, feedback=Feedback(of_wrong_type, of_wrong_type))
 
 
 class ByMessages:

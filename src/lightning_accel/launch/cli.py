@@ -147,8 +147,8 @@ def _run(words: list[str]) -> int:
             file=sys.stderr,
         )
         return _FAILED
-    except (ValueError, OSError, AssertionError) as error:  # torchrun asserts what its arguments must be
-        print(f"lightning-accel run: {error or type(error).__name__}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"lightning-accel run: {error}", file=sys.stderr)
         return _FAILED
     return 0
 
