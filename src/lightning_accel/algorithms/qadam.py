@@ -15,7 +15,7 @@ from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, 
 from lightning_accel.algorithms.bucket_plans import BucketPlans
 from lightning_accel.codecs import DTYPES, check_codec, uses_feedback
 from lightning_accel.kernels import run_kernel
-from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam, least_of
+from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
 from lightning_accel.topology import Hierarchical, check_hierarchical
 
 
@@ -176,9 +176,9 @@ class _QAdam(BoundAlgorithm):
         self._agreed_steps += 1  # at most, when the next round comes
 
     def _freeze(self) -> None:
-        least = least_of({parameter: floor for optimizer in self._optimizers for parameter, floor in optimizer.floors().items()})
+        floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in optimizer.floors().items()}
         for optimizer in self._optimizers:
-            optimizer.freeze(least)
+            optimizer.freeze(floors)
 
     @property
     def _interval(self) -> int:

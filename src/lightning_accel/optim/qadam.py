@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, Literal, overload
 
@@ -237,25 +237,27 @@ class QAdam(torch.optim.Adam):
                     )
         return found
 
-    def freeze(self, least_floor: float | None = None) -> None:
+    def freeze(self, floors: Mapping[Tensor, float] | None = None) -> None:
         """Ends warm-up: the variance stays as it is from here on, but for the floor. Called by the algorithm.
 
         Args:
-            least_floor: for parameters that no gradient has reached; None takes the least of this optimizer's.
+            floors: of this optimizer and of others that train the model; None takes `floors()`. A parameter that no gradient has
+                reached gets the least of them.
 
         Raises:
             RuntimeError: if no gradient was different from zero.
         """
-        floors = self.floors()
-        if least_floor is None:
-            least_floor = least_of(floors)
+        floors = self.floors() if floors is None else floors
+        if not floors:
+            raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
+        least = min(floors.values())
         for group in self.param_groups:
             group["frozen_step"] = group["steps"]
             for parameter in group["params"]:
                 self._complete_state(parameter)
                 if not self.bagua_compat:
                     variance = self.state[parameter]["exp_avg_sq"]
-                    variance.mul_(self._rescaling(parameter, group)).clamp_(min=floors.get(parameter, least_floor))
+                    variance.mul_(self._rescaling(parameter, group)).clamp_(min=floors.get(parameter, least))
 
     def note_folded(self, parameters: Iterable[Tensor]) -> None:
         """Called by the algorithm: in this backward `.grad` of these becomes the momentum."""
@@ -396,17 +398,6 @@ class QAdam(torch.optim.Adam):
 
 QAdamOptimizer = QAdam
 """The name that Bagua gave it."""
-
-
-def least_of(floors: dict[Tensor, float]) -> float:
-    """The least floor.
-
-    Raises:
-        RuntimeError: if there is none.
-    """
-    if not floors:
-        raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
-    return min(floors.values())
 
 
 def _steps_of(state: dict[str, Any]) -> float:
