@@ -528,3 +528,29 @@ def wait_for_nothing(rank, world_size):
 def test_a_step_reads_no_value():
     """Catches a check that makes the training thread wait for the GPU in each step."""
     assert run_ranks(wait_for_nothing, 2) == [0, 0]
+
+
+def freeze_together(rank, world_size):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)])
+    model.forward = model[0].forward  # the other one is not reached in warm-up
+    reached, other = (QAdam(module.parameters(), warmup_steps=2) for module in model)
+    with wrap(model, [reached, other], "qadam", find_unused_parameters=True) as ddp:
+        for step in range(3):
+            for optimizer in (reached, other):
+                optimizer.zero_grad()
+            ddp(torch.full((2, 4), 1.0 + rank + step)).square().sum().backward()
+            for optimizer in (reached, other):
+                optimizer.step()
+    floors = reached.floors().values()
+    variances = [other.state[parameter]["exp_avg_sq"] for parameter in model[1].parameters()]
+    return [variance.min().item() for variance in variances], [variance.max().item() for variance in variances], len(floors)
+
+
+def test_a_model_that_no_gradient_has_reached_takes_the_floor_of_another_optimizers():
+    """Catches an optimizer that knows its own floors alone: it has none, and training would end where warm-up does."""
+    for least, most, count in run_ranks(freeze_together, 2):
+        assert count == 2
+        assert least == most
+        assert len(set(least)) == 1
+        assert least[0] > 0
