@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import torch
 from _common import Bar, Ratio, alternate, parser, save, show, show_bars
 
-from lightning_accel import codecs
+from lightning_accel.compression.codecs import CODECS
+from lightning_accel.compression.operations import decode, decode_accumulate, decode_sum_encode, encode
+from lightning_accel.compression.plan import Plan
+from lightning_accel.native import BLOCK_NUMEL
 
 _MEMCPY_BYTES = 256 << 20
 _NUM_MESSAGES = 2  # summed by decode_sum_encode
@@ -37,28 +40,28 @@ class Operation:
 def operations(codec: str, values: torch.Tensor) -> list[Operation]:
     """The four operations of a codec on a tensor, whose memory they share."""
     numel, dtype = values.numel(), values.dtype
-    plan = codecs.Plan(codec, dtype, [0], [numel])
+    plan = Plan(codec, dtype, [0], [numel])
     stride_bytes = -(-plan.wire_bytes // 16) * 16
     messages = torch.zeros(_NUM_MESSAGES * stride_bytes, dtype=torch.uint8)
     for start in range(0, len(messages), stride_bytes):
-        codecs.encode(plan, values, messages[start : start + stride_bytes])
+        encode(plan, values, messages[start : start + stride_bytes])
     wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
     decoded = torch.zeros(numel, dtype=dtype)
     accumulator = torch.zeros(numel, dtype=plan.value_dtype)
     of_tensor, of_wire, of_sum = numel * dtype.itemsize, plan.wire_bytes, accumulator.nbytes
 
     def sum_messages() -> None:
-        codecs.decode_sum_encode(plan, messages, wire, count=_NUM_MESSAGES, stride_bytes=stride_bytes, divisor=_NUM_MESSAGES)
+        decode_sum_encode(plan, messages, wire, count=_NUM_MESSAGES, stride_bytes=stride_bytes, divisor=_NUM_MESSAGES)
 
     return [
-        Operation(codec, dtype, "encode", of_tensor + of_wire, lambda: codecs.encode(plan, values, wire)),
-        Operation(codec, dtype, "decode", of_wire + of_tensor, lambda: codecs.decode(plan, messages, decoded)),
+        Operation(codec, dtype, "encode", of_tensor + of_wire, lambda: encode(plan, values, wire)),
+        Operation(codec, dtype, "decode", of_wire + of_tensor, lambda: decode(plan, messages, decoded)),
         Operation(
             codec,
             dtype,
             "decode_accumulate",
             of_wire + 2 * of_sum,
-            lambda: codecs.decode_accumulate(plan, messages, accumulator),
+            lambda: decode_accumulate(plan, messages, accumulator),
         ),
         Operation(codec, dtype, "decode_sum_encode", (_NUM_MESSAGES + 1) * of_wire, sum_messages),
     ]
@@ -68,7 +71,7 @@ class Int8InTorch:
     """The arithmetic of `int8` as one writes it in torch operations: the same codes, scales and sums."""
 
     def __init__(self, numel: int) -> None:
-        self.codes = torch.zeros(numel // codecs.BLOCK_NUMEL, codecs.BLOCK_NUMEL, dtype=torch.int8)
+        self.codes = torch.zeros(numel // BLOCK_NUMEL, BLOCK_NUMEL, dtype=torch.int8)
         self.scales = torch.zeros(len(self.codes), 1)
 
     def encode(self, values: torch.Tensor) -> None:
@@ -115,12 +118,12 @@ def against_torch(operation: Operation, run: Callable[[], object], pairs: int) -
 
 def check_same(values: torch.Tensor, in_torch: Int8InTorch) -> None:
     """What is compared must compute the same."""
-    plan = codecs.Plan("int8", values.dtype, [0], [values.numel()])
+    plan = Plan("int8", values.dtype, [0], [values.numel()])
     wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
-    codecs.encode(plan, values, wire)
+    encode(plan, values, wire)
     in_torch.encode(values)
     ours, theirs = torch.ones(values.numel()), torch.ones(values.numel())
-    codecs.decode_accumulate(plan, wire, ours)
+    decode_accumulate(plan, wire, ours)
     in_torch.decode_accumulate(theirs)
     assert torch.equal(ours, theirs), "the torch operations do not compute what the kernels compute"
 
@@ -141,7 +144,7 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     for dtype in dtypes:
         values = torch.randn(args.numel).to(dtype)
-        for codec in codecs.CODECS:
+        for codec in CODECS:
             for operation in operations(codec, values):
                 ratio, speed = against_memcpy(operation, memcpy, args.pairs)
                 measured[codec, dtype, operation.name] = ratio
@@ -171,7 +174,7 @@ def main() -> None:
         [
             (f"{codec}, {_short(dtype)}", *(f"{measured[codec, dtype, name]:.2f}" for name in names))
             for dtype in dtypes
-            for codec in codecs.CODECS
+            for codec in CODECS
         ],
     )
     bars = [

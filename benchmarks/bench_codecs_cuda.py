@@ -24,13 +24,20 @@ from pathlib import Path
 
 import torch
 
-from lightning_accel import QAdam, _native, codecs
-from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce, pieces_of
-from lightning_accel.kernels import run_kernel
-from lightning_accel.layout import Layout
+from lightning_accel import QAdam, _native
+from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
+from lightning_accel.collectives.two_shot import compressed_all_reduce
+from lightning_accel.compression import operations
+from lightning_accel.compression.block_layout import Layout
+from lightning_accel.compression.codecs import CODECS
+from lightning_accel.compression.error_feedback import Feedback, Residuals
+from lightning_accel.compression.plan import Plan
+from lightning_accel.native import BLOCK_NUMEL, DTYPES, run_kernel
+from lightning_accel.transport.group import Group
+from lightning_accel.transport.scratch import Scratch
 
 DEVICE = torch.device("cuda")
-DTYPES = (torch.float32, torch.bfloat16)
+BENCHED_DTYPES = (torch.float32, torch.bfloat16)
 NUM_MESSAGES = 8
 NUM_PARAMETERS = 8  # of an optimizer: few, so that the GPU does not wait for Python
 BUCKET_NUMELS = [2**18, 2**10, 3 * 2**18 + 5, 77] * 6  # 24 MiB of float32
@@ -117,35 +124,35 @@ class Bench:
             torch.cuda.empty_cache()
 
     def run_codec(self, name: str, codec: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
-        plan = codecs.Plan(codec, tensor.dtype, [0], [tensor.numel()])
+        plan = Plan(codec, tensor.dtype, [0], [tensor.numel()])
         wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=DEVICE)
-        self.run(name, codec, "encode", tensor.nbytes + wire.nbytes, lambda: codecs.encode(plan, tensor, wire))
+        self.run(name, codec, "encode", tensor.nbytes + wire.nbytes, lambda: operations.encode(plan, tensor, wire))
         if codec == "int8":
             self.run_torch_int8(name, tensor, wire)
         residuals = None
         if codec != "none":  # which loses nothing
             memory = torch.zeros(tensor.numel(), device=DEVICE)
-            residuals = codecs.Residuals(memory, memory)
+            residuals = Residuals(memory, memory)
             num_bytes = tensor.nbytes + wire.nbytes + 2 * memory.nbytes
-            call = functools.partial(codecs.encode, plan, tensor, wire, residuals)
+            call = functools.partial(operations.encode, plan, tensor, wire, residuals)
             self.run(name, codec, "encode, error feedback", num_bytes, call)
-        self.run(name, codec, "decode", tensor.nbytes + wire.nbytes, lambda: codecs.decode(plan, wire, target))
+        self.run(name, codec, "decode", tensor.nbytes + wire.nbytes, lambda: operations.decode(plan, wire, target))
 
         sums = torch.zeros(tensor.numel(), dtype=plan.value_dtype, device=DEVICE)
         num_bytes = wire.nbytes + 2 * sums.nbytes
-        self.run(name, codec, "decode_accumulate", num_bytes, lambda: codecs.decode_accumulate(plan, wire, sums))
+        self.run(name, codec, "decode_accumulate", num_bytes, lambda: operations.decode_accumulate(plan, wire, sums))
 
         messages = wire.repeat(NUM_MESSAGES)
         options = {"count": NUM_MESSAGES, "stride_bytes": plan.wire_bytes, "divisor": float(NUM_MESSAGES)}
         num_bytes = messages.nbytes + wire.nbytes
-        call = functools.partial(codecs.decode_sum_encode, plan, messages, wire, **options)
+        call = functools.partial(operations.decode_sum_encode, plan, messages, wire, **options)
         self.run(name, codec, SUM, num_bytes, call)
         if residuals is not None:
             num_bytes += 2 * residuals.old.nbytes
             self.run(name, codec, f"{SUM}, error feedback", num_bytes, functools.partial(call, residuals=residuals))
 
     def run_torch_int8(self, name: str, tensor: torch.Tensor, wire: torch.Tensor) -> None:
-        rows = tensor.view(-1, codecs.BLOCK_NUMEL)
+        rows = tensor.view(-1, BLOCK_NUMEL)
         by_torch = torch.zeros_like(wire)
         scales = by_torch[: 4 * len(rows)].view(torch.float32)
         codes = by_torch[-tensor.numel() :].view(torch.int8).view(rows.shape)
@@ -195,7 +202,7 @@ class Bench:
         optimizer.attach()
         optimizer.step()
         optimizer.freeze()
-        dtype = codecs.DTYPES.index(tensor.dtype)
+        dtype = DTYPES.index(tensor.dtype)
         folds = [
             (p.grad.data_ptr(), optimizer.state[p]["exp_avg"].data_ptr(), p.data_ptr(), p.numel())
             for p in own
@@ -223,7 +230,7 @@ def kernels_of_bucket(*, feedback: bool) -> list[str]:
     places = [(i, sum(BUCKET_NUMELS[:i])) for i in range(len(BUCKET_NUMELS))]
     plan = TwoShotPlan.build("int8", torch.float32, pieces_of(layout, places), 1, 0, scatter=True)
     bucket, worker, server = torch.randn(3, layout.numel, device=DEVICE).unbind()
-    residuals = Feedback(codecs.Residuals(worker, worker), codecs.Residuals(server, server)) if feedback else None
+    residuals = Feedback(Residuals(worker, worker), Residuals(server, server)) if feedback else None
     scratch, alone = Scratch(), Group(None)
 
     def all_reduce() -> None:
@@ -305,7 +312,7 @@ def print_table(title: str, results: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codecs", nargs="+", choices=codecs.CODECS, default=list(codecs.CODECS))
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument("--sizes-mib", nargs="+", type=int, default=[SMALLEST_MIB], help="of the tensors, at least 256")
     parser.add_argument("--calls", type=int, default=30, help="timed calls of each operation, at least 20")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -319,7 +326,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     bench = Bench(arguments.calls)
-    for dtype in DTYPES:
+    for dtype in BENCHED_DTYPES:
         for size_mib in arguments.sizes_mib:
             bench.run_tensor(dtype, size_mib, arguments.codecs)
 

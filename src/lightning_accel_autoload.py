@@ -19,10 +19,10 @@ ALGORITHMS = ("gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_p
 """Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
 
 _ROOTS = {
-    "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_accel.strategy.lightning_root"),
-    "pytorch_lightning.strategies": ("StrategyRegistry", "lightning_accel.strategy.pytorch_lightning_root"),
-    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.lightning_fabric_root"),
-    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_root"),
+    "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_accel.strategy.trainer_unified"),
+    "pytorch_lightning.strategies": ("StrategyRegistry", "lightning_accel.strategy.trainer_standalone"),
+    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_unified"),
+    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_standalone"),
 }
 """Modules with a registry, its name there, and where our class for each is."""
 

@@ -7,76 +7,45 @@ Names are imported at their first use: the command line, and its agents on other
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning_accel_autoload
 
-if TYPE_CHECKING:
-    from lightning_accel.algorithms import (
-        Algorithm,
-        AsyncAverage,
-        BoundAlgorithm,
-        ByteGrad,
-        Context,
-        Decentralized,
-        GradientAllReduce,
-        LowPrecisionDecentralized,
-        QAdamAlgorithm,
-        register_algorithm,
-    )
-    from lightning_accel.checkpoint import load_checkpoint, save_checkpoint
-    from lightning_accel.communicator import CommunicationError, Statistics
-    from lightning_accel.data_parallel import AccelDataParallel, get_dataloader, unwrap, wrap
-    from lightning_accel.optim import QAdam, QAdamOptimizer
-    from lightning_accel.process_group import (
-        add_arguments,
-        destroy_process_group,
-        get_local_rank,
-        get_local_world_size,
-        get_logger,
-        get_node_rank,
-        get_rank,
-        get_world_size,
-        init_process_group,
-    )
-    from lightning_accel.replica import Replica
-    from lightning_accel.strategy.lightning_root import AccelStrategy
+_MODULES = {
+    "AccelDataParallel": "data_parallel.wrap",
+    "Algorithm": "algorithms.base",
+    "AsyncAverage": "algorithms.async_average",
+    "BoundAlgorithm": "algorithms.base",
+    "ByteGrad": "algorithms.bytegrad",
+    "CommunicationError": "background.failure",
+    "Context": "algorithms.base",
+    "Decentralized": "algorithms.decentralized",
+    "GradientAllReduce": "algorithms.gradient_allreduce",
+    "LowPrecisionDecentralized": "algorithms.low_precision_decentralized",
+    "QAdam": "optim.qadam",
+    "QAdamAlgorithm": "algorithms.qadam",
+    "QAdamOptimizer": "optim.qadam",
+    "Replica": "data_parallel.replica",
+    "Statistics": "background.statistics",
+    "add_arguments": "launch.process_group",
+    "destroy_process_group": "launch.process_group",
+    "get_dataloader": "data_parallel.data",
+    "get_local_rank": "launch.process_group",
+    "get_local_world_size": "launch.process_group",
+    "get_logger": "launch.rank_logging",
+    "get_node_rank": "launch.process_group",
+    "get_rank": "launch.process_group",
+    "get_world_size": "launch.process_group",
+    "init_process_group": "launch.process_group",
+    "load_checkpoint": "checkpoint.plain",
+    "register_algorithm": "algorithms.registry",
+    "save_checkpoint": "checkpoint.plain",
+    "unwrap": "data_parallel.wrap",
+    "wrap": "data_parallel.wrap",
+}
+"""The module of each public name; `__init__.pyi` tells type checkers the same."""
 
-__all__ = [
-    "AccelDataParallel",
-    "AccelStrategy",
-    "Algorithm",
-    "AsyncAverage",
-    "BoundAlgorithm",
-    "ByteGrad",
-    "CommunicationError",
-    "Context",
-    "Decentralized",
-    "GradientAllReduce",
-    "LowPrecisionDecentralized",
-    "QAdam",
-    "QAdamAlgorithm",
-    "QAdamOptimizer",
-    "Replica",
-    "Statistics",
-    "add_arguments",
-    "destroy_process_group",
-    "get_dataloader",
-    "get_local_rank",
-    "get_local_world_size",
-    "get_logger",
-    "get_node_rank",
-    "get_rank",
-    "get_world_size",
-    "init_process_group",
-    "load_checkpoint",
-    "register_algorithm",
-    "save_checkpoint",
-    "unwrap",
-    "wrap",
-]
-
-_PLACES = ("algorithms", "checkpoint", "communicator", "data_parallel", "optim", "process_group", "replica")
+__all__ = ["AccelStrategy", *_MODULES]
 
 lightning_accel_autoload.activate()
 
@@ -84,12 +53,11 @@ lightning_accel_autoload.activate()
 def __getattr__(name: str) -> Any:
     if name == "AccelStrategy":
         # The class for the root in use: `lightning`, unless `pytorch_lightning` alone has been imported.
-        only_separate = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-        root = "pytorch_lightning_root" if only_separate else "lightning_root"
+        is_standalone = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+        root = "trainer_standalone" if is_standalone else "trainer_unified"
         return import_module(f"lightning_accel.strategy.{root}").AccelStrategy
-    if name in __all__:
-        modules = (import_module(f"lightning_accel.{place}") for place in _PLACES)
-        globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+    if name in _MODULES:
+        globals()[name] = getattr(import_module(f"lightning_accel.{_MODULES[name]}"), name)
         return globals()[name]
     if not name.startswith("_") and find_spec(f"lightning_accel.{name}") is not None:
         return import_module(f"lightning_accel.{name}")

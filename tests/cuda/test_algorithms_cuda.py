@@ -15,8 +15,8 @@ import torch.distributed as dist
 from helpers.ranks import _load
 from helpers.sequences import failures_of
 from lightning_accel import Decentralized, LowPrecisionDecentralized
-from lightning_accel.communicator import Communicator
-from lightning_accel.topology import discover
+from lightning_accel.background.communicator import Communicator
+from lightning_accel.transport.topology import discover
 
 pytestmark = [
     pytest.mark.cuda,

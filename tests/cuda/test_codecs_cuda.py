@@ -7,7 +7,10 @@ of padding, or outside the segments, or behind the end, that was written is no l
 import pytest
 import torch
 
-from lightning_accel import codecs
+from lightning_accel.compression import operations
+from lightning_accel.compression.codecs import CODECS
+from lightning_accel.compression.error_feedback import Residuals
+from lightning_accel.compression.plan import Plan
 
 pytestmark = [
     pytest.mark.cuda,
@@ -83,7 +86,7 @@ class Case:
     """A plan, and what belongs to it on both sides."""
 
     def __init__(self, codec, dtype, tensor_offsets, numels, wire_offsets=None, *, values=normal, seed=0, device="cuda"):
-        self.plan = codecs.Plan(codec, dtype, tensor_offsets, numels, wire_offsets)
+        self.plan = Plan(codec, dtype, tensor_offsets, numels, wire_offsets)
         self.tensor_offsets, self.numels = tensor_offsets, numels
         self.values = values
         self.device = device
@@ -106,7 +109,7 @@ class Case:
     def with_residuals(self, shift):
         """The plan with residuals that lie `shift` elements behind the tensor's, and which elements they are."""
         offsets = [offset + shift for offset in self.tensor_offsets]
-        plan = codecs.Plan(self.plan.codec, self.plan.dtype, self.tensor_offsets, self.numels, self.plan.wire_offsets, offsets)
+        plan = Plan(self.plan.codec, self.plan.dtype, self.tensor_offsets, self.numels, self.plan.wire_offsets, offsets)
         is_residual = torch.cat([torch.zeros(shift, dtype=torch.bool), self.is_element])
         return plan, is_residual[: plan.residual_numel + GUARD]
 
@@ -117,7 +120,7 @@ class Case:
     def message(self):
         """A new message, on the CPU, as the CPU encodes it."""
         wire = torch.zeros(self.plan.wire_bytes, dtype=torch.uint8)
-        codecs.encode(self.plan, self.tensor(), wire)
+        operations.encode(self.plan, self.tensor(), wire)
         return wire
 
     def wires(self):
@@ -152,16 +155,16 @@ def check(cpu, cuda, is_written):
 def check_encode(case):
     tensor = case.tensor()
     cpu, cuda = case.wires()
-    codecs.encode(case.plan, tensor, cpu)
-    codecs.encode(case.plan, tensor.to(case.device), cuda)
+    operations.encode(case.plan, tensor, cpu)
+    operations.encode(case.plan, tensor.to(case.device), cuda)
     case.check_wires(cpu, cuda)
 
 
 def check_decode(case):
     wire = case.message()
     cpu, cuda = case.tensors()
-    codecs.decode(case.plan, wire, cpu)
-    codecs.decode(case.plan, wire.to(case.device), cuda)
+    operations.decode(case.plan, wire, cpu)
+    operations.decode(case.plan, wire.to(case.device), cuda)
     case.check_tensors(cpu, cuda)
 
 
@@ -172,8 +175,8 @@ def check_decode_accumulate(case):
     cuda = cpu.clone()
     cuda.view(torch.uint8).view(-1, cpu.dtype.itemsize)[~case.is_element] = CUDA_FILL
     cuda = cuda.to(case.device)
-    codecs.decode_accumulate(case.plan, wire, cpu)
-    codecs.decode_accumulate(case.plan, wire.to(case.device), cuda)
+    operations.decode_accumulate(case.plan, wire, cpu)
+    operations.decode_accumulate(case.plan, wire.to(case.device), cuda)
     case.check_tensors(cpu, cuda)
 
 
@@ -192,14 +195,14 @@ def check_decode_sum_encode(case, counts=(1, 2, 3, 8)):
         for divisor in {float(count), 3.0, 0.5}:  # a power of two takes another way than the others
             cpu, cuda = case.wires()
             options = {"count": count, "stride_bytes": stride_bytes, "divisor": divisor}
-            codecs.decode_sum_encode(case.plan, messages, cpu, **options)
-            codecs.decode_sum_encode(case.plan, messages.to(case.device), cuda, **options)
+            operations.decode_sum_encode(case.plan, messages, cpu, **options)
+            operations.decode_sum_encode(case.plan, messages.to(case.device), cuda, **options)
             case.check_wires(cpu, cuda)
         # In the place of the last message, as two ranks do.
         last = (count - 1) * stride_bytes
         on_cpu, on_cuda = messages.clone(), messages.to(case.device)
         for copy in (on_cpu, on_cuda):
-            codecs.decode_sum_encode(case.plan, copy, copy[last:], count=count, stride_bytes=stride_bytes, divisor=2.0)
+            operations.decode_sum_encode(case.plan, copy, copy[last:], count=count, stride_bytes=stride_bytes, divisor=2.0)
         assert torch.equal(on_cpu, on_cuda.cpu())
 
 
@@ -216,8 +219,8 @@ def check_feedback(case, operation):
             on_cpu, on_cuda = old.clone(), old.to(case.device)
             cpu_updated = on_cpu if in_place else filled(numel, torch.float32, "cpu", CPU_FILL)
             cuda_updated = on_cuda if in_place else filled(numel, torch.float32, case.device, CUDA_FILL)
-            operation(plan, cpu, codecs.Residuals(on_cpu, cpu_updated))
-            operation(plan, cuda, codecs.Residuals(on_cuda, cuda_updated))
+            operation(plan, cpu, Residuals(on_cpu, cpu_updated))
+            operation(plan, cuda, Residuals(on_cuda, cuda_updated))
             case.check_wires(cpu, cuda)
             if in_place:
                 assert torch.equal(cpu_updated.view(torch.int32), cuda_updated.cpu().view(torch.int32))
@@ -227,7 +230,7 @@ def check_feedback(case, operation):
 
 def check_encode_with_feedback(case):
     tensor = case.tensor()
-    check_feedback(case, lambda plan, wire, residuals: codecs.encode(plan, tensor.to(wire.device), wire, residuals))
+    check_feedback(case, lambda plan, wire, residuals: operations.encode(plan, tensor.to(wire.device), wire, residuals))
 
 
 def check_decode_sum_encode_with_feedback(case):
@@ -235,7 +238,7 @@ def check_decode_sum_encode_with_feedback(case):
     options = {"count": 3, "stride_bytes": stride_bytes, "divisor": 3.0}
 
     def operation(plan, wire, residuals):
-        codecs.decode_sum_encode(plan, messages.to(wire.device), wire, residuals=residuals, **options)
+        operations.decode_sum_encode(plan, messages.to(wire.device), wire, residuals=residuals, **options)
 
     check_feedback(case, operation)
 
@@ -252,7 +255,7 @@ all_operations = pytest.mark.parametrize(
     ],
     ids=lambda check: check.__name__.removeprefix("check_"),
 )
-all_codecs = pytest.mark.parametrize("codec", codecs.CODECS)
+all_codecs = pytest.mark.parametrize("codec", CODECS)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -291,7 +294,7 @@ def test_segments(operation, codec, dtype, seed):
     wire_offsets, wire_offset = [], 0
     for numel in numels:
         wire_offsets.append(wire_offset)
-        wire_offset += codecs.Plan(codec, dtype, [0], [numel]).wire_bytes + 16 * random(3)
+        wire_offset += Plan(codec, dtype, [0], [numel]).wire_bytes + 16 * random(3)
     tensor_offsets, offset = [0] * len(numels), random(4)
     for i in torch.randperm(len(numels), generator=generator).tolist():
         tensor_offsets[i] = offset
@@ -332,16 +335,16 @@ def test_current_stream(codec):
     case = Case(codec, torch.float32, [0], [1_000_003])
     tensor = case.tensor()
     cpu, cuda = case.wires()
-    codecs.encode(case.plan, tensor, cpu)
+    operations.encode(case.plan, tensor, cpu)
     source = tensor.pin_memory()
     late = torch.zeros_like(tensor, device="cuda")
-    codecs.encode(case.plan, late, cuda)  # a plan's table goes to the GPU at its first use, and that waits
+    operations.encode(case.plan, late, cuda)  # a plan's table goes to the GPU at its first use, and that waits
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(source, non_blocking=True)
-        codecs.encode(case.plan, late, cuda)
+        operations.encode(case.plan, late, cuda)
     stream.synchronize()
     case.check_wires(cpu, cuda)
 
@@ -366,9 +369,9 @@ def test_graph_capture(codec):
 
     def exchange():
         for message in messages.split(stride_bytes):
-            codecs.encode(plan, tensor, message)
-        codecs.decode_sum_encode(plan, messages, mean, count=2, stride_bytes=stride_bytes, divisor=2.0)
-        codecs.decode(plan, mean, decoded)
+            operations.encode(plan, tensor, message)
+        operations.decode_sum_encode(plan, messages, mean, count=2, stride_bytes=stride_bytes, divisor=2.0)
+        operations.decode(plan, mean, decoded)
 
     exchange()  # the plan's table goes to the GPU at its first use
     graph = torch.cuda.CUDAGraph()
@@ -390,7 +393,7 @@ def test_more_than_32_bits():
     period = 1001 * BLOCK
     numel = 2**31 + 3 * BLOCK + 5
     periods, rest = divmod(numel, period)
-    plan, pattern_plan, rest_plan = (codecs.Plan("int8", torch.float16, [0], [n]) for n in (numel, period, rest))
+    plan, pattern_plan, rest_plan = (Plan("int8", torch.float16, [0], [n]) for n in (numel, period, rest))
     assert plan.wire_bytes > 2**31
     needed_bytes = 2 * numel + 3 * plan.wire_bytes + 2**30
     if torch.cuda.mem_get_info()[0] < needed_bytes:
@@ -422,27 +425,27 @@ def test_more_than_32_bits():
     on_cpu = []
     for part_plan, part in ((pattern_plan, pattern), (rest_plan, pattern[:rest])):
         wire = torch.zeros(part_plan.wire_bytes, dtype=torch.uint8)
-        codecs.encode(part_plan, part, wire)
+        operations.encode(part_plan, part, wire)
         on_cpu.append(wire)
     for message in messages.split(stride_bytes):
-        codecs.encode(plan, tensor, message)
+        operations.encode(plan, tensor, message)
         check_message(message, *on_cpu)
 
     mean = torch.full((stride_bytes,), CUDA_FILL, dtype=torch.uint8, device="cuda")
-    codecs.decode_sum_encode(plan, messages, mean, count=2, stride_bytes=stride_bytes, divisor=2.0)
+    operations.decode_sum_encode(plan, messages, mean, count=2, stride_bytes=stride_bytes, divisor=2.0)
     means_on_cpu = []
     for part_plan, wire in zip((pattern_plan, rest_plan), on_cpu, strict=True):
         means_on_cpu.append(torch.zeros_like(wire))
         options = {"count": 2, "stride_bytes": len(wire), "divisor": 2.0}
-        codecs.decode_sum_encode(part_plan, wire.repeat(2), means_on_cpu[-1], **options)
+        operations.decode_sum_encode(part_plan, wire.repeat(2), means_on_cpu[-1], **options)
     check_message(mean, *means_on_cpu)
 
     tensor.view(torch.int16).fill_(-1)
-    codecs.decode(plan, mean, tensor)
+    operations.decode(plan, mean, tensor)
     decoded = []
     for part_plan, wire, part in zip((pattern_plan, rest_plan), means_on_cpu, (pattern, pattern[:rest]), strict=True):
         decoded.append(torch.empty_like(part))
-        codecs.decode(part_plan, wire, decoded[-1])
+        operations.decode(part_plan, wire, decoded[-1])
     for actual, expected in repeated(*decoded)(tensor):
         for actual_rows, expected_rows in zip(actual.split(256), expected.split(256), strict=True):
             assert torch.equal(actual_rows.view(torch.int16), expected_rows.view(torch.int16))

@@ -21,21 +21,19 @@ from helpers.models import GivenGradients, assert_gradients, few_kinds
 from helpers.ranks import _load, own_threads, run_ranks
 from helpers.sequences import failures_of
 from helpers.tensors import CODECS, DTYPES, assert_same_bits, awkward, normal
-from lightning_accel import AsyncAverage, ByteGrad, Decentralized, GradientAllReduce, QAdam, QAdamAlgorithm, Replica, codecs
-from lightning_accel.collectives import (
-    Feedback,
-    Group,
-    Scratch,
-    TwoShotPlan,
-    backend_of,
-    compressed_all_reduce_steps,
-    pieces_of,
-)
-from lightning_accel.communicator import Communicator
-from lightning_accel.layout import Layout
+from lightning_accel import AsyncAverage, ByteGrad, Decentralized, GradientAllReduce, QAdam, QAdamAlgorithm, Replica
+from lightning_accel.background.communicator import Communicator
+from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
+from lightning_accel.collectives.two_shot import compressed_all_reduce_steps
+from lightning_accel.compression import operations
+from lightning_accel.compression.block_layout import Layout
+from lightning_accel.compression.codecs import NEEDING_FEEDBACK
+from lightning_accel.compression.error_feedback import Feedback, Residuals
 from lightning_accel.optim import Phase
 from lightning_accel.reference.collectives import compressed_all_reduce as specified
-from lightning_accel.topology import discover
+from lightning_accel.transport.group import Group, backend_of
+from lightning_accel.transport.scratch import Scratch
+from lightning_accel.transport.topology import discover
 
 pytestmark = [
     pytest.mark.cuda,
@@ -77,7 +75,7 @@ class Tensor:
         self.on_cpu = values
         self.on_device = values.to(device, copy=True)
         residuals = [torch.randn(values.numel(), generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
-        with_feedback = codec in codecs.NEEDING_FEEDBACK
+        with_feedback = codec in NEEDING_FEEDBACK
         self.feedback_on_cpu = feedback(residuals, "cpu") if with_feedback else None
         self.feedback = feedback(residuals, device) if with_feedback else None
 
@@ -87,10 +85,10 @@ class Tensor:
         message = torch.zeros(plan.stride_bytes, dtype=torch.uint8)
         mean = torch.zeros_like(message)
         worker, server = (kept.worker, kept.server) if kept else (None, None)
-        codecs.encode(plan.everything, values, message, worker)
+        operations.encode(plan.everything, values, message, worker)
         of_messages = {"count": 1, "stride_bytes": plan.stride_bytes, "divisor": 3.0}
-        codecs.decode_sum_encode(plan.own, message, mean, **of_messages, residuals=server)
-        codecs.decode(plan.everything, mean, values)
+        operations.decode_sum_encode(plan.own, message, mean, **of_messages, residuals=server)
+        operations.decode(plan.everything, mean, values)
 
     def check(self, what):
         assert_same_bits(self.on_device, self.on_cpu, what)
@@ -101,7 +99,7 @@ class Tensor:
 
 
 def feedback(residuals, device):
-    made = [codecs.Residuals(old.to(device), torch.zeros_like(old, device=device)) for old in residuals]
+    made = [Residuals(old.to(device), torch.zeros_like(old, device=device)) for old in residuals]
     return Feedback(*made)
 
 

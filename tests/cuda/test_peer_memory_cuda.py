@@ -14,10 +14,13 @@ import torch.distributed as dist
 
 import lightning_accel as accel
 from helpers.ranks import run_ranks
-from lightning_accel.codecs import Residuals
-from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce, pieces_of
-from lightning_accel.layout import Layout
-from lightning_accel.peer_memory import PeerMemory, open_peer_memory
+from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
+from lightning_accel.collectives.shared_memory import PeerMemory, open_peer_memory
+from lightning_accel.collectives.two_shot import compressed_all_reduce
+from lightning_accel.compression.block_layout import Layout
+from lightning_accel.compression.error_feedback import Feedback, Residuals
+from lightning_accel.transport.group import Group
+from lightning_accel.transport.scratch import Scratch
 
 pytestmark = [
     pytest.mark.cuda,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_accel import _native, codecs
-from lightning_accel.kernels import run_kernel
+from lightning_accel import _native
+from lightning_accel.native import DTYPES, run_kernel
 
 pytestmark = [
     pytest.mark.cuda,
@@ -18,7 +18,7 @@ OPERANDS = 4  # gradient, momentum, variance, parameter
 
 def run(memory, offsets, weight_decay):
     """Both passes over the tensors in `memory`, which begin at `offsets`, one row an operand."""
-    dtype = codecs.DTYPES.index(memory.dtype)
+    dtype = DTYPES.index(memory.dtype)
     at = [
         [memory.data_ptr() + (operand * memory.shape[1] + offset) * memory.element_size() for operand in range(OPERANDS)]
         for offset in offsets
@@ -30,7 +30,7 @@ def run(memory, offsets, weight_decay):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", codecs.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("gap", [0, 1])
 def test_passes(dtype, weight_decay, gap):
     """Catches contraction, approximate division and roots, wrong guards, a tensor left out or taken twice; what lies between the

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_accel import gossip
-from lightning_accel.flat_weights import FlatWeights
+from lightning_accel.algorithms.common.flat_weights import FlatWeights
+from lightning_accel.collectives import ring, weight_means
 
 pytestmark = [
     pytest.mark.cuda,
@@ -29,8 +29,8 @@ def test_mean_of_rows(dtype, numel):
         rows = torch.randn(count * numel, dtype=torch.float64).to(dtype)
         expected = torch.full((numel + GUARD,), 7, dtype=dtype)
         got = expected.cuda()
-        gossip._mean_of_rows(rows, count, expected[:numel])
-        gossip._mean_of_rows(rows.cuda(), count, got[:numel])
+        weight_means._mean_of_rows(rows, count, expected[:numel])
+        weight_means._mean_of_rows(rows.cuda(), count, got[:numel])
         assert same_bits(got, expected)
 
 
@@ -40,8 +40,8 @@ def test_ring_difference(dtype, numel):
     """As above, and contraction into fused operations."""
     x, w, left, right = (torch.randn(numel + GUARD, dtype=torch.float64).to(dtype) for _ in range(4))
     on_gpu = [tensor.cuda() for tensor in (x, w, left, right)]
-    gossip._ring_difference(x[:numel], w[:numel], left[:numel], right[:numel])
-    gossip._ring_difference(*(tensor[:numel] for tensor in on_gpu))
+    ring._ring_difference(x[:numel], w[:numel], left[:numel], right[:numel])
+    ring._ring_difference(*(tensor[:numel] for tensor in on_gpu))
     assert same_bits(on_gpu[0], x)
 
 

@@ -18,8 +18,9 @@ import lightning_accel as accel
 from helpers.models import GivenGradients
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
-from lightning_accel import AsyncAverage, CommunicationError, Replica, communicator
+from lightning_accel import AsyncAverage, CommunicationError, Replica
 from lightning_accel.algorithms import async_average
+from lightning_accel.background import communicator
 from lightning_accel.reference.async_average import AsyncAverage as Reference
 
 TIMEOUT = timedelta(seconds=30)

@@ -30,7 +30,7 @@ from lightning_accel import (
 )
 from lightning_accel.reference.decentralized import decentralized, peer
 from lightning_accel.reference.weights import consensus
-from lightning_accel.topology import shift_one_peer
+from lightning_accel.transport.topology import shift_one_peer
 
 ROUNDS = 7
 

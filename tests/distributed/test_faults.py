@@ -19,10 +19,12 @@ from helpers import programs
 from helpers.models import GivenGradients, few_kinds
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
-from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica, codecs, communicator
-from lightning_accel.collectives import Group
+from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica
+from lightning_accel.background import communicator
+from lightning_accel.compression import operations
 from lightning_accel.reference.bytegrad import bytegrad
 from lightning_accel.reference.gradient_allreduce import gradient_allreduce
+from lightning_accel.transport.group import Group
 
 TIMEOUT_SECONDS = 30.0
 """Of a collective, where nothing should come near it."""
@@ -155,7 +157,7 @@ def test_a_rank_that_is_stuck_ends_the_others_at_their_timeout(algorithm):
 
 def break_on_one_rank(rank, world_size, algorithm, operation, at_call, nodes):
     training = Training(rank, world_size, algorithm, node_name=name_of_node(rank, nodes))
-    module = dist if operation == "all_reduce" else codecs
+    module = dist if operation == "all_reduce" else operations
     original, calls = getattr(module, operation), []
 
     def broken(*args, **options):
@@ -270,7 +272,7 @@ def test_a_rank_that_leaves_with_its_own_error_ends_the_others():
 def hang(rank, world_size):
     communicator._GRACE_SECONDS = 1.0
     training = Training(rank, world_size, ByteGrad(), timeout_seconds=2.0)
-    decode, released = codecs.decode, threading.Event()
+    decode, released = operations.decode, threading.Event()
 
     def stuck(*args):
         released.wait()
@@ -278,7 +280,7 @@ def hang(rank, world_size):
 
     def inject(step):
         if step == FAULTY_STEP and rank == 1:
-            codecs.decode = stuck
+            operations.decode = stuck
 
     error, seconds = training.run(inject)
     assert seconds < 2 + 1 + MOMENTS_SECONDS, seconds

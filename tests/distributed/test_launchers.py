@@ -171,7 +171,7 @@ def test_torchrun_on_two_hosts_trains_the_example(hosts, tmp_path):
 TRAINS_ON = """
 import torch
 import lightning_accel as accel
-from lightning_accel import connections
+from lightning_accel.transport import tcp_keepalive as connections
 
 connections.UNREACHABLE_SECONDS = 2.0
 accel.init_process_group()

@@ -16,7 +16,7 @@ import lightning_accel as accel
 from helpers import drifting  # noqa: F401 - registers the algorithm
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
-from lightning_accel import rank_state
+from lightning_accel.checkpoint import rank_files
 
 STEPS = 3
 
@@ -81,7 +81,7 @@ def differ(one, other):
     return {name.split()[0] for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])}
 
 
-def heard_by(logger="lightning_accel.rank_state"):
+def heard_by(logger="lightning_accel.checkpoint"):
     """A list that fills with what is logged."""
     heard = []
     handler = logging.Handler()
@@ -283,13 +283,13 @@ def save_and_be_killed(rank, world_size, folder, victim, place):
         before = run.everything()
         run.train()
         if rank == victim and place == "after its file":
-            write = rank_state.write_whole
-            rank_state.write_whole = lambda *arguments: die(write(*arguments))
+            write = rank_files.write_whole
+            rank_files.write_whole = lambda *arguments: die(write(*arguments))
         if rank == victim and place == "in the middle of the checkpoint":
             save = torch.save
             torch.save = lambda saved, file, **options: (die_writing if "model" in saved else save)(saved, file, **options)
         if rank == victim and place == "before older files are removed":
-            rank_state.remove_files = die
+            rank_files.remove_files = die
         if rank != victim and place != "before older files are removed":
             with pytest.raises(Exception, match=r"."):  # torch's words for a lost peer
                 run.save(path)

@@ -28,7 +28,7 @@ from unittest import mock
 from helpers import programs
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.optim", "pytest", "sklearn.datasets"]
-PRELOADED += [f"lightning_accel.{name}" for name in ("checkpoint", "data_parallel", "optim", "process_group", "reference")]
+PRELOADED += ["lightning_accel.checkpoint.plain", "lightning_accel.launch.process_group", "lightning_accel.reference"]
 
 OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING"}
 """What pytest, Lightning and torch set in the environment."""

@@ -12,7 +12,7 @@ from lightning_fits import CLASSES, FEATURES, HIDDEN, NUMEL, Net, Points, fit, p
 
 from helpers.ranks import own_threads, run_ranks
 from lightning_accel import AccelStrategy
-from lightning_accel.layout import BLOCK_NUMEL
+from lightning_accel.compression.block_layout import BLOCK_NUMEL
 
 STEPS = 20
 

@@ -135,7 +135,7 @@ def test_every_name_resolves_without_an_import(interpreters: Any, root: str) -> 
     facts = interpreters[root]
     assert not facts["package imported"]
     defaults = {"algorithm": "gradient_allreduce", "start_method": "popen", "gradient_as_bucket_view": True}
-    module = f"lightning_accel.strategy.{root}_root"
+    module = "lightning_accel.strategy." + {"lightning": "trainer_unified", "pytorch_lightning": "trainer_standalone"}[root]
     assert facts["names"] == {name: [module, defaults | arguments] for name, arguments in NAMES.items()}
     assert set(facts["fabric"]) == set(NAMES)
     assert facts["variable"] == "bytegrad"
@@ -149,18 +149,18 @@ def test_switched_off_it_is_an_unknown_name(interpreters: Any) -> None:
     assert facts["names"] == {}
     assert facts["fabric"] == []
     module, arguments = facts["after the import"]
-    assert module == "lightning_accel.strategy.lightning_root"
+    assert module == "lightning_accel.strategy.trainer_unified"
     assert arguments["algorithm"] == "bytegrad"
 
 
 def test_each_root_has_its_own_class(interpreters: Any) -> None:
     """Catches `lightning_accel.AccelStrategy` of a root that the program does not use, which its Trainer refuses."""
     facts = interpreters["pytorch_lightning"]
-    assert facts["class of the root in use"] == "lightning_accel.strategy.pytorch_lightning_root"
-    assert facts["class of Fabric's root in use"] == "lightning_accel.strategy.fabric_root"
-    assert facts["instance"] == "lightning_accel.strategy.pytorch_lightning_root"
-    assert facts["another root, later"] == "lightning_accel.strategy.lightning_root"
-    assert AccelStrategy.__module__ == "lightning_accel.strategy.lightning_root"
+    assert facts["class of the root in use"] == "lightning_accel.strategy.trainer_standalone"
+    assert facts["class of Fabric's root in use"] == "lightning_accel.strategy.fabric_standalone"
+    assert facts["instance"] == "lightning_accel.strategy.trainer_standalone"
+    assert facts["another root, later"] == "lightning_accel.strategy.trainer_unified"
+    assert AccelStrategy.__module__ == "lightning_accel.strategy.trainer_unified"
 
 
 def test_the_autoload_knows_all_algorithms(interpreters: Any) -> None:

@@ -145,7 +145,8 @@ print(native.CUDA_ARCHITECTURES == "", pathlib.Path("/proc/self/maps").read_text
 def test_package_of_the_wheel_imports(installed):
     code = """
 import lightning_accel
-from lightning_accel import _native, codecs
+import lightning_accel.compression.operations
+from lightning_accel import _native
 print(lightning_accel.__file__, _native.__file__)
 """
     for file in run_python(code, installed).split():

@@ -15,7 +15,7 @@ from lightning_accel import (
     register_algorithm,
 )
 from lightning_accel.algorithms import algorithm_names, make_algorithm
-from lightning_accel.algorithms.base import _registry
+from lightning_accel.algorithms.registry import _registry
 
 
 @pytest.fixture(autouse=True)

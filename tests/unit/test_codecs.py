@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from helpers.tensors import CODECS, DTYPES, SIZES, assert_same_bits, awkward, bits, normal
-from lightning_accel import _native, codecs
+from lightning_accel import _native
+from lightning_accel.compression import operations
+from lightning_accel.compression.codecs import uses_feedback
+from lightning_accel.compression.error_feedback import Residuals
+from lightning_accel.compression.plan import Plan
 from lightning_accel.reference import codecs as reference
 
 FILLING = 0xA5
@@ -21,13 +25,13 @@ def instruction_set(request):
     _native.use_instruction_set(before)
 
 
-def plan_of(codec: str, tensor: torch.Tensor) -> codecs.Plan:
-    return codecs.Plan(codec, tensor.dtype, [0], [tensor.numel()])
+def plan_of(codec: str, tensor: torch.Tensor) -> Plan:
+    return Plan(codec, tensor.dtype, [0], [tensor.numel()])
 
 
-def encoded(plan: codecs.Plan, tensor: torch.Tensor) -> torch.Tensor:
+def encoded(plan: Plan, tensor: torch.Tensor) -> torch.Tensor:
     wire = torch.full((plan.wire_bytes,), FILLING, dtype=torch.uint8)
-    codecs.encode(plan, tensor, wire)
+    operations.encode(plan, tensor, wire)
     return wire
 
 
@@ -70,7 +74,7 @@ def test_decoded_code_is_as_specified(codec, dtype, instruction_set):
     for number, tensor in enumerate(samples(dtype)):
         plan = plan_of(codec, tensor)
         decoded = torch.full_like(tensor, 3.0)
-        codecs.decode(plan, encoded(plan, tensor), decoded)
+        operations.decode(plan, encoded(plan, tensor), decoded)
         expected = specified_samples(codec, dtype)[number]
         assert_same_bits(decoded, expected, f"sample {number} of {tensor.numel()} elements")
 
@@ -84,28 +88,28 @@ def test_sum_of_messages_is_as_specified(codec, dtype, instruction_set):
         stride_bytes = plan.wire_bytes + 32
         messages = torch.full((3 * stride_bytes,), FILLING, dtype=torch.uint8)
         for k, tensor in enumerate(tensors):
-            codecs.encode(plan, tensor, messages[k * stride_bytes :])
+            operations.encode(plan, tensor, messages[k * stride_bytes :])
         wire = torch.full((plan.wire_bytes,), FILLING, dtype=torch.uint8)
-        codecs.decode_sum_encode(plan, messages, wire, count=3, stride_bytes=stride_bytes, divisor=3)
+        operations.decode_sum_encode(plan, messages, wire, count=3, stride_bytes=stride_bytes, divisor=3)
         mean = torch.full_like(tensors[0], 3.0)
-        codecs.decode(plan, wire, mean)
+        operations.decode(plan, wire, mean)
         assert_same_bits(mean, specified_means(codec, dtype)[number], f"sample {number}")
         for k in range(3):  # in the place of a message
             in_place = messages.clone()
             wire = in_place[k * stride_bytes :][: plan.wire_bytes]
-            codecs.decode_sum_encode(plan, in_place, wire, count=3, stride_bytes=stride_bytes, divisor=3)
-            codecs.decode(plan, wire, mean)
+            operations.decode_sum_encode(plan, in_place, wire, count=3, stride_bytes=stride_bytes, divisor=3)
+            operations.decode(plan, wire, mean)
             assert_same_bits(mean, specified_means(codec, dtype)[number], f"sample {number} in the place of message {k}")
 
 
 def test_messages_are_summed_in_their_order():
     """Catches a tree or a reversed loop: 1 is lost beside 1e8 in one order only."""
     values = [1e8, 1.0, -1e8, 1.0]
-    plan = codecs.Plan("none", torch.float32, [0], [1])
+    plan = Plan("none", torch.float32, [0], [1])
     messages = torch.cat([encoded(plan, torch.tensor([value])) for value in values])
     wire, total = torch.zeros(plan.wire_bytes, dtype=torch.uint8), torch.zeros(1)
-    codecs.decode_sum_encode(plan, messages, wire, count=4, stride_bytes=plan.wire_bytes, divisor=1)
-    codecs.decode(plan, wire, total)
+    operations.decode_sum_encode(plan, messages, wire, count=4, stride_bytes=plan.wire_bytes, divisor=1)
+    operations.decode(plan, wire, total)
     assert total.item() == 1.0
 
 
@@ -118,7 +122,7 @@ def test_accumulation_adds_the_decoded_values(codec, dtype, instruction_set):
         plan = plan_of(codec, tensor)
         start = normal(tensor.numel(), plan.value_dtype, seed=5)
         accumulator = start.clone()
-        codecs.decode_accumulate(plan, encoded(plan, tensor), accumulator)
+        operations.decode_accumulate(plan, encoded(plan, tensor), accumulator)
         expected = start + reference.quantise(tensor.to(plan.value_dtype), codec)
         # Inf - Inf makes a NaN whose sign the processor chooses.
         assert_same_bits(reference.canonical(accumulator), reference.canonical(expected), f"sample {number}")
@@ -137,7 +141,7 @@ def test_every_instruction_set_writes_the_same_bytes(codec, dtype):
                 _native.use_instruction_set(name)
                 pair = torch.cat([encoded(plan, tensor), encoded(plan, tensor.flip(0) * 0.3)])
                 wire = torch.full((plan.wire_bytes,), FILLING, dtype=torch.uint8)
-                codecs.decode_sum_encode(plan, pair, wire, count=2, stride_bytes=plan.wire_bytes, divisor=2)
+                operations.decode_sum_encode(plan, pair, wire, count=2, stride_bytes=plan.wire_bytes, divisor=2)
                 messages.append((name, torch.cat([pair, wire])))
             for name, message in messages[1:]:
                 assert_same_bits(message, messages[0][1], f"sample {number}, {name}")
@@ -151,14 +155,14 @@ def test_large_messages_are_coded_as_small_ones(codec, instruction_set):
     part = normal(2**20, torch.float16, seed=1)
     plan = plan_of(codec, part)
     expected = torch.empty_like(part)
-    codecs.decode(plan, encoded(plan, part), expected)
+    operations.decode(plan, encoded(plan, part), expected)
 
     times = 16 if codec in ("int8", "minmax_uint8") else 8
     tensor = torch.cat([part.repeat(times), part[: 512 * 3 + 77]])
     whole = plan_of(codec, tensor)
     assert whole.wire_bytes > 16 * 2**20
     decoded = torch.empty_like(tensor)
-    codecs.decode(whole, encoded(whole, tensor), decoded)
+    operations.decode(whole, encoded(whole, tensor), decoded)
     assert (bits(decoded)[: times * 2**20].view(times, -1) == bits(expected)).all()
     # The same values, but for the block that is cut short.
     assert_same_bits(decoded[times * 2**20 :][: 512 * 3], expected[: 512 * 3])
@@ -170,7 +174,7 @@ def test_int8_error_is_within_half_a_step():
     tensor = normal(100 * 512, torch.float32, seed=3)
     plan = plan_of("int8", tensor)
     decoded = torch.empty_like(tensor)
-    codecs.decode(plan, encoded(plan, tensor), decoded)
+    operations.decode(plan, encoded(plan, tensor), decoded)
     blocks, errors = tensor.double().reshape(-1, 512), (decoded.double() - tensor.double()).reshape(-1, 512)
     bound = blocks.abs().amax(1, keepdim=True) / 127 / 2 * (1 + 2**-16)
     assert (errors.abs() <= bound).all()
@@ -186,7 +190,7 @@ def test_minmax_uint8_error_is_within_half_a_step():
     tensor = torch.cat([normal(50 * 512, torch.float32, seed=3), 10 + normal(50 * 512, torch.float32, seed=4) * 1e-2])
     plan = plan_of("minmax_uint8", tensor)
     decoded = torch.empty_like(tensor)
-    codecs.decode(plan, encoded(plan, tensor), decoded)
+    operations.decode(plan, encoded(plan, tensor), decoded)
     blocks, errors = tensor.double().reshape(-1, 512), (decoded.double() - tensor.double()).reshape(-1, 512)
     spread = blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)
     step = torch.maximum(spread, blocks.abs().amax(1, keepdim=True) * 2**-14) / 255
@@ -201,7 +205,7 @@ def test_zero_stays_zero(codec):
     tensor[512:1024] += 7 * (tensor[512:1024] != 0)  # minimum and maximum far from symmetric
     plan = plan_of(codec, tensor)
     decoded = torch.empty_like(tensor)
-    codecs.decode(plan, encoded(plan, tensor), decoded)
+    operations.decode(plan, encoded(plan, tensor), decoded)
     assert (decoded[::3] == 0).all()
 
 
@@ -213,7 +217,7 @@ def test_sign_keeps_groups_of_zeros_and_means_over_the_others():
     tensor[1024:1200:7] = 1.0
     plan = plan_of("sign", tensor)
     decoded = torch.empty_like(tensor)
-    codecs.decode(plan, encoded(plan, tensor), decoded)
+    operations.decode(plan, encoded(plan, tensor), decoded)
     assert_same_bits(decoded[:1024], tensor[:1024])
     assert (decoded[1024:] == tensor[1024:].mean()).all()
 
@@ -226,13 +230,13 @@ def test_error_feedback_is_as_specified(codec, dtype, instruction_set):
         numel = tensor.numel()
         before = normal(numel + 3, torch.float32, seed=number)
         values, lost = reference.with_feedback(tensor.to(torch.float32), before[3:], codec)
-        plan = codecs.Plan(codec, dtype, [0], [numel], residual_offsets=[3])
+        plan = Plan(codec, dtype, [0], [numel], residual_offsets=[3])
         for updated in (before.clone(), torch.full_like(before, 9.0)):
             old = updated if updated[:3].equal(before[:3]) else before  # in place, then elsewhere
             wire = torch.full((plan.wire_bytes,), FILLING, dtype=torch.uint8)
-            codecs.encode(plan, tensor, wire, codecs.Residuals(old, updated))
+            operations.encode(plan, tensor, wire, Residuals(old, updated))
             decoded = torch.full_like(tensor, 3.0)
-            codecs.decode(plan, wire, decoded)
+            operations.decode(plan, wire, decoded)
             assert_same_bits(decoded, reference.canonical(values.to(dtype)), f"sample {number}")
             assert_same_bits(updated[3:], lost, f"residuals of sample {number}")
 
@@ -247,17 +251,17 @@ def test_error_feedback_of_a_sum_is_as_specified(codec, instruction_set):
     values, lost = reference.with_feedback((quantised[0] + quantised[1] + quantised[2]) / 3, residual, codec)
     messages = torch.cat([encoded(plan, tensor) for tensor in tensors])
     wire = torch.empty(plan.wire_bytes, dtype=torch.uint8)
-    codecs.decode_sum_encode(
+    operations.decode_sum_encode(
         plan,
         messages,
         wire,
         count=3,
         stride_bytes=plan.wire_bytes,
         divisor=3,
-        residuals=codecs.Residuals(residual, residual),
+        residuals=Residuals(residual, residual),
     )
     decoded = torch.empty(3000)
-    codecs.decode(plan, wire, decoded)
+    operations.decode(plan, wire, decoded)
     assert_same_bits(decoded, values)
     assert_same_bits(residual, lost)
 
@@ -270,28 +274,28 @@ def test_error_feedback_sends_everything_in_the_end(codec):
     residual, sent, decoded = torch.zeros(2048), torch.zeros(2048, dtype=torch.float64), torch.empty(2048)
     for _ in range(100):
         wire = torch.empty(plan.wire_bytes, dtype=torch.uint8)
-        codecs.encode(plan, tensor, wire, codecs.Residuals(residual, residual))
-        codecs.decode(plan, wire, decoded)
+        operations.encode(plan, tensor, wire, Residuals(residual, residual))
+        operations.decode(plan, wire, decoded)
         sent += decoded
     assert torch.allclose(sent + residual, 100 * tensor.double(), rtol=1e-4, atol=1e-6 * tensor.abs().max().item())
     assert residual.abs().mean() < tensor.abs().max(), "residuals must stay bounded"
 
 
 def test_residuals_that_do_not_fit_are_refused():
-    plan = codecs.Plan("sign", torch.float32, [0], [512], residual_offsets=[100])
+    plan = Plan("sign", torch.float32, [0], [512], residual_offsets=[100])
     assert plan.residual_numel == 612
     tensor, wire = torch.zeros(512), torch.empty(plan.wire_bytes, dtype=torch.uint8)
     for bad in (torch.zeros(611), torch.zeros(612, dtype=torch.float64), torch.zeros(1224)[::2]):
         with pytest.raises(ValueError, match="residuals"):
-            codecs.encode(plan, tensor, wire, codecs.Residuals(torch.zeros(612), bad))
-    lossless = codecs.Plan("none", torch.float32, [0], [512])
+            operations.encode(plan, tensor, wire, Residuals(torch.zeros(612), bad))
+    lossless = Plan("none", torch.float32, [0], [512])
     with pytest.raises(ValueError, match="loses nothing"):
-        codecs.encode(lossless, tensor, torch.empty(2048, dtype=torch.uint8), codecs.Residuals(tensor, tensor))
+        operations.encode(lossless, tensor, torch.empty(2048, dtype=torch.uint8), Residuals(tensor, tensor))
     with pytest.raises(ValueError, match="loses something"):
-        codecs.uses_feedback("none", True)
+        uses_feedback("none", True)
     with pytest.raises(ValueError, match="error_feedback must be True, False or None: got 2"):
-        codecs.uses_feedback("int8", 2)
-    assert [codecs.uses_feedback(codec, None) for codec in ("int8", "int4", "sign", "none")] == [False, True, True, False]
+        uses_feedback("int8", 2)
+    assert [uses_feedback(codec, None) for codec in ("int8", "int4", "sign", "none")] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(("codec", "shared"), [("int8", 512), ("minmax_uint8", 512), ("int4", 128), ("sign", 512)])
@@ -303,7 +307,7 @@ def test_poison_spreads_to_its_block_and_no_further(codec, shared, value):
         tensor[place] = value
         plan = plan_of(codec, tensor)
         decoded = torch.empty_like(tensor)
-        codecs.decode(plan, encoded(plan, tensor), decoded)
+        operations.decode(plan, encoded(plan, tensor), decoded)
         block = place // shared
         assert decoded[block * shared : (block + 1) * shared].isnan().all()
         assert decoded.isnan().sum() == min(shared, 1100 - block * shared)
@@ -315,9 +319,9 @@ def test_nothing_outside_of_the_plan_is_written(codec, dtype):
     """Catches vector stores past a segment's end: into padding, a neighbour's elements, or memory that is not ours."""
     offsets, numels = [700, 3, 1300], [513, 600, 0]
     tensor = normal(1400, dtype, seed=2)
-    sizes = [codecs.Plan(codec, dtype, [0], [numel]).wire_bytes for numel in numels]
+    sizes = [Plan(codec, dtype, [0], [numel]).wire_bytes for numel in numels]
     wire_offsets = [16, 16 + sizes[0] + 48, 16 + sizes[0] + 48 + sizes[1] + 160]
-    plan = codecs.Plan(codec, dtype, offsets, numels, wire_offsets)
+    plan = Plan(codec, dtype, offsets, numels, wire_offsets)
     assert plan.wire_offsets == wire_offsets
     assert plan.wire_bytes == wire_offsets[-1]
     assert plan.tensor_numel == 1303 - 3
@@ -326,8 +330,8 @@ def test_nothing_outside_of_the_plan_is_written(codec, dtype):
         torch.zeros(plan.wire_bytes + 64, dtype=torch.uint8),
         torch.full((plan.wire_bytes + 64,), 255, dtype=torch.uint8),
     )
-    codecs.encode(plan, tensor, first)
-    codecs.encode(plan, tensor, second)
+    operations.encode(plan, tensor, first)
+    operations.encode(plan, tensor, second)
     kept = (first == 0) & (second == 255)
     header_bytes, of_numel = {"int8": (4, 512), "minmax_uint8": (8, 512), "int4": (4, 128), "sign": (6, 512)}.get(codec, (0, 512))
     code_bits = {"fp16": 16, "bf16": 16, "int8": 8, "minmax_uint8": 8, "int4": 4, "sign": 1}.get(codec, 8 * dtype.itemsize)
@@ -336,7 +340,7 @@ def test_nothing_outside_of_the_plan_is_written(codec, dtype):
     assert ((first == second) | kept).all()
 
     decoded = torch.full_like(tensor, -77.0)
-    codecs.decode(plan, first, decoded)
+    operations.decode(plan, first, decoded)
     for offset, numel in zip(offsets, numels, strict=True):
         assert_same_bits(decoded[offset : offset + numel], specified(codec, tensor[offset : offset + numel]))
         decoded[offset : offset + numel] = -77.0
@@ -353,7 +357,7 @@ def test_tensors_need_no_alignment(codec, dtype, instruction_set):
         plan = plan_of(codec, part)
         assert_same_bits(encoded(plan, part), encoded(plan, part.clone()))
         buffer = torch.zeros_like(tensor)
-        codecs.decode(plan, encoded(plan, part), buffer[start:])
+        operations.decode(plan, encoded(plan, part), buffer[start:])
         assert_same_bits(buffer[start:], specified(codec, part))
 
 
@@ -371,9 +375,9 @@ def test_tensors_need_no_alignment(codec, dtype, instruction_set):
 )
 def test_wire_size_is_as_documented(codec, expected):
     """Catches a format that grew: 1000 elements are 2 blocks; headers and codes are padded to 16 bytes each."""
-    assert codecs.Plan(codec, torch.float32, [0], [1000]).wire_bytes == expected
-    assert codecs.Plan(codec, torch.float32, [0], [0]).wire_bytes == 0
-    assert codecs.Plan(codec, torch.float32, [], []).wire_bytes == 0
+    assert Plan(codec, torch.float32, [0], [1000]).wire_bytes == expected
+    assert Plan(codec, torch.float32, [0], [0]).wire_bytes == 0
+    assert Plan(codec, torch.float32, [], []).wire_bytes == 0
 
 
 def test_kernels_may_run_on_several_threads():
@@ -399,11 +403,11 @@ def test_kernels_may_run_on_several_threads():
 def test_names_of_codecs_and_dtypes_are_checked():
     """Catches a name that reaches the native side as a number of something else."""
     with pytest.raises(ValueError, match="codec must be one of none, fp16, bf16, int8, minmax_uint8, int4, sign: got 'int7'"):
-        codecs.Plan("int7", torch.float32, [0], [1])
+        Plan("int7", torch.float32, [0], [1])
     with pytest.raises(ValueError, match=r"got torch\.int32"):
-        codecs.Plan("int8", torch.int32, [0], [1])
+        Plan("int8", torch.int32, [0], [1])
     with pytest.raises(ValueError, match=r"got torch\.complex64"):
-        codecs.Plan("int8", torch.complex64, [0], [1])
+        Plan("int8", torch.complex64, [0], [1])
 
 
 @pytest.mark.parametrize(
@@ -419,12 +423,12 @@ def test_names_of_codecs_and_dtypes_are_checked():
 def test_impossible_plans_are_refused(offsets, numels, wire_offsets, message):
     """Catches plans that would make a kernel write outside of its memory, or two segments into one place."""
     with pytest.raises(ValueError, match=message):
-        codecs.Plan("int8", torch.float32, offsets, numels, wire_offsets)
+        Plan("int8", torch.float32, offsets, numels, wire_offsets)
 
 
 def test_tensors_and_messages_that_do_not_fit_are_refused():
     """Catches each check that is missing: without it the kernel reads or writes memory that is not the tensor's."""
-    plan = codecs.Plan("int8", torch.float32, [100], [1000])
+    plan = Plan("int8", torch.float32, [100], [1000])
     tensor, wire = torch.zeros(1100), torch.zeros(plan.wire_bytes, dtype=torch.uint8)
     wrong = [
         (torch.zeros(1100, dtype=torch.float64), wire, "tensor must be one-dimensional, contiguous, torch.float32"),
@@ -440,16 +444,16 @@ def test_tensors_and_messages_that_do_not_fit_are_refused():
     ]
     for bad_tensor, bad_wire, message in wrong:
         with pytest.raises(ValueError, match=message):
-            codecs.encode(plan, bad_tensor, bad_wire)
+            operations.encode(plan, bad_tensor, bad_wire)
         with pytest.raises(ValueError, match=message):
-            codecs.decode(plan, bad_wire, bad_tensor)
+            operations.decode(plan, bad_wire, bad_tensor)
         with pytest.raises(ValueError, match=message.replace("tensor must", "accumulator must")):
-            codecs.decode_accumulate(plan, bad_wire, bad_tensor)
+            operations.decode_accumulate(plan, bad_wire, bad_tensor)
 
 
 def test_sums_that_do_not_fit_are_refused():
     """Catches a message that is read past its end: one too many, or strides that overlap."""
-    plan = codecs.Plan("int8", torch.float32, [0], [1000])
+    plan = Plan("int8", torch.float32, [0], [1000])
     n = plan.wire_bytes
     wire, messages = torch.zeros(n, dtype=torch.uint8), torch.zeros(3 * n, dtype=torch.uint8)
     for count, stride_bytes, message in [
@@ -460,9 +464,9 @@ def test_sums_that_do_not_fit_are_refused():
         (4, n, "last message of at least"),
     ]:
         with pytest.raises(ValueError, match=message):
-            codecs.decode_sum_encode(plan, messages, wire, count=count, stride_bytes=stride_bytes, divisor=1)
+            operations.decode_sum_encode(plan, messages, wire, count=count, stride_bytes=stride_bytes, divisor=1)
     with pytest.raises(ValueError, match="messages must be one-dimensional, contiguous"):
-        codecs.decode_sum_encode(plan, messages.float(), wire, count=1, stride_bytes=n, divisor=1)
+        operations.decode_sum_encode(plan, messages.float(), wire, count=1, stride_bytes=n, divisor=1)
 
 
 def test_unknown_instruction_set_is_refused():

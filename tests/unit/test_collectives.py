@@ -7,17 +7,13 @@ import pytest
 import torch
 
 from helpers.tensors import CODECS, DTYPES, SIZES, assert_same_bits, awkward, normal
-from lightning_accel.collectives import (
-    Group,
-    HierarchicalPlan,
-    Scratch,
-    TwoShotPlan,
-    compressed_all_reduce,
-    hierarchical_all_reduce,
-    pieces_of,
-)
-from lightning_accel.layout import Layout
+from lightning_accel.collectives.hierarchical import HierarchicalPlan, hierarchical_all_reduce
+from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
+from lightning_accel.collectives.two_shot import compressed_all_reduce
+from lightning_accel.compression.block_layout import Layout
 from lightning_accel.reference import collectives as reference
+from lightning_accel.transport.group import Group
+from lightning_accel.transport.scratch import Scratch
 
 
 class Mail:

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from helpers.ranks import run_script
-from lightning_accel import connections
+from lightning_accel.transport import tcp_keepalive as connections
 
 
 def test_open_connections_are_watched_and_otherwise_as_they_were(monkeypatch):
@@ -69,7 +69,7 @@ GROUPS = """
 import socket
 import torch
 import lightning_accel as accel
-from lightning_accel import connections
+from lightning_accel.transport import tcp_keepalive as connections
 
 def timeouts(names):
     sockets = connections.open_sockets()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helpers.tensors import DTYPES, assert_same_bits, normal
-from lightning_accel import _native, gossip
-from lightning_accel.flat_weights import FlatWeights, segments
+from lightning_accel import _native
+from lightning_accel.algorithms.common.flat_weights import FlatWeights, segments
+from lightning_accel.collectives import ring, weight_means
 from lightning_accel.reference.weights import mean
 
 
@@ -94,10 +95,10 @@ def test_mean_of_rows(dtype, instruction_set):
             for numel in (0, 1, 127, 128, 1001):
                 rows = torch.stack([normal(numel + 1, dtype, seed=k) for k in range(count)])[:, 1:].contiguous()
                 out = torch.empty(numel + 1, dtype=dtype)[1:]
-                gossip._mean_of_rows(rows.view(-1), count, out)
+                weight_means._mean_of_rows(rows.view(-1), count, out)
                 assert_same_bits(out, mean(list(rows)), f"{count} rows of {numel}")
                 if dtype != torch.float64:
-                    gossip._mean_of_rows(rows[:1].expand(count, -1).contiguous(), count, out)
+                    weight_means._mean_of_rows(rows[:1].expand(count, -1).contiguous(), count, out)
                     assert_same_bits(out, rows[0], f"{count} equal rows of {numel}")
     finally:
         _native.use_instruction_set(before)
@@ -114,11 +115,11 @@ def test_ring_difference(dtype, instruction_set):
             w, left, right, x = (normal(numel, dtype, seed=k) for k in range(4))
             expected = (x - w) + ((left - w) + (right - w)) / 3
             d = x.clone()
-            gossip._ring_difference(d, w, left, right)
+            ring._ring_difference(d, w, left, right)
             assert_same_bits(d, expected)
             torch.testing.assert_close(d, x + left / 3 + right / 3 - 5 * w / 3, rtol=1e-4, atol=1e-1)
             same = w.clone()
-            gossip._ring_difference(same, w, w, w)
+            ring._ring_difference(same, w, w, w)
             assert not same.any()
     finally:
         _native.use_instruction_set(before)

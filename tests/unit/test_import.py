@@ -27,7 +27,7 @@ def state():
 
 before = state()
 import lightning_accel
-import lightning_accel.algorithms, lightning_accel.replica, lightning_accel.collectives, lightning_accel.reference.bytegrad
+import lightning_accel.algorithms, lightning_accel.data_parallel.replica, lightning_accel.reference.bytegrad
 after = state()
 for key in before:
     assert before[key] == after[key], f"importing changed: {key}"
@@ -54,7 +54,7 @@ assert "torch" not in sys.modules
 import lightning_accel
 assert "wrap" in dir(lightning_accel)
 assert lightning_accel.optim.Phase is not None and "torch" in sys.modules
-assert lightning_accel.wrap is sys.modules["lightning_accel.data_parallel"].wrap
+assert lightning_accel.wrap is sys.modules["lightning_accel.data_parallel.wrap"].wrap
 assert not hasattr(lightning_accel, "no_such_name")
 """
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lightning_accel.layout import BLOCK_NUMEL, Layout, num_blocks
+from lightning_accel.compression.block_layout import BLOCK_NUMEL, Layout, num_blocks
 
 
 def random_sizes(seed: int) -> list[int]:

@@ -14,14 +14,19 @@ import torch.distributed as dist
 
 import lightning_accel as accel
 from helpers.ranks import run_ranks
-from lightning_accel import _native, codecs
-from lightning_accel.algorithms import bucket_plans
-from lightning_accel.collectives import Feedback, Group, Scratch, TwoShotPlan, compressed_all_reduce
-from lightning_accel.communicator import Communicator
-from lightning_accel.peer_memory import PeerMemory
-from lightning_accel.topology import Topology
+from lightning_accel import _native
+from lightning_accel.algorithms.common import bucket_reducer as bucket_plans
+from lightning_accel.background.communicator import Communicator
+from lightning_accel.collectives.message_plan import TwoShotPlan
+from lightning_accel.collectives.shared_memory import PeerMemory
+from lightning_accel.collectives.two_shot import compressed_all_reduce
+from lightning_accel.compression.error_feedback import Feedback, Residuals
+from lightning_accel.compression.plan import Plan
+from lightning_accel.transport.group import Group
+from lightning_accel.transport.scratch import Scratch
+from lightning_accel.transport.topology import Topology
 
-PLAN = codecs.Plan("int8", torch.float32, [0], [1000])
+PLAN = Plan("int8", torch.float32, [0], [1000])
 ROOM = _native.peer_memory_bytes(2, PLAN.wire_bytes)
 
 
@@ -56,7 +61,7 @@ def arguments(**changed):
         ({"rank": 2}, "rank 2 of 2"),
         ({"memory": [16, 40]}, "rank 1's memory must lie at a multiple of 16"),
         ({"memory": [0, 16]}, "rank 0's memory must lie"),
-        ({"own": codecs.Plan("none", torch.float32, [0], [1]).native}, "one codec and dtype"),
+        ({"own": Plan("none", torch.float32, [0], [1]).native}, "one codec and dtype"),
         ({"stride_bytes": PLAN.wire_bytes - 16}, "do not hold"),
         ({"stride_bytes": PLAN.wire_bytes + 8}, "do not hold"),
         ({"memory_bytes": ROOM - 16}, f"at least {ROOM} bytes, got {ROOM - 16}"),
@@ -87,7 +92,7 @@ def test_a_build_without_cuda_says_so():
 def test_a_rank_that_sums_nothing_needs_no_residuals_there():
     """Catches a rank without blocks that is refused alone, while the others wait for it."""
     with pytest.raises(ValueError, match="no CUDA kernels"):
-        _native.peer_all_reduce(**arguments(worker=(16, 16, 1000), own=codecs.Plan("int8", torch.float32, [], []).native))
+        _native.peer_all_reduce(**arguments(worker=(16, 16, 1000), own=Plan("int8", torch.float32, [], []).native))
 
 
 def test_a_tensor_of_another_kind_is_refused():
@@ -98,7 +103,7 @@ def test_a_tensor_of_another_kind_is_refused():
     for wrong in (torch.zeros(1000, dtype=torch.float64), torch.zeros(2, 500), torch.zeros(2000)[::2]):
         with pytest.raises(ValueError, match=r"tensor must be one-dimensional, contiguous, torch\.float32"):
             peers.all_reduce(wrong, plan, divisor=1)
-    of_wrong_type = codecs.Residuals(torch.zeros(1000, dtype=torch.float64), torch.zeros(1000))
+    of_wrong_type = Residuals(torch.zeros(1000, dtype=torch.float64), torch.zeros(1000))
     with pytest.raises(ValueError, match="residuals must be one-dimensional, contiguous, float32 on cpu"):
         peers.all_reduce(torch.zeros(1000), plan, divisor=1, feedback=Feedback(of_wrong_type, of_wrong_type))
 

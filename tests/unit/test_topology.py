@@ -2,7 +2,8 @@
 
 import pytest
 
-from lightning_accel.topology import Topology, check_hierarchical
+from lightning_accel.algorithms.common.option_checks import check_hierarchical
+from lightning_accel.transport.topology import Topology
 
 TWO_BY_TWO = Topology.from_names(["a", "a", "b", "b"])
 INTERLEAVED = Topology.from_names(["a", "b", "a", "b"])

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from lightning_accel import gossip
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
-from lightning_accel.algorithms.weight_exchange import WeightExchange
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
+from lightning_accel.algorithms.common.option_checks import is_integer
+from lightning_accel.algorithms.common.weight_exchange import WeightExchange
+from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.collectives import weight_means
 
 _MEETING_SECONDS = 0.05
 """How often ranks' averaging threads meet, at least; what `pause` may take when all ranks call it at once."""
@@ -68,9 +70,9 @@ class AsyncAverage(Algorithm):
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.sync_interval_ms) or self.sync_interval_ms <= 0:
+        if not is_integer(self.sync_interval_ms) or self.sync_interval_ms <= 0:
             raise ValueError(f"sync_interval_ms must be a positive number of milliseconds: got {self.sync_interval_ms!r}")
-        if not _is_integer(self.warmup_steps) or self.warmup_steps < 0:
+        if not is_integer(self.warmup_steps) or self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be a number of rounds, 0 or more: got {self.warmup_steps!r}")
 
     def bind(self, context: Context) -> BoundAlgorithm:
@@ -278,7 +280,7 @@ class _AsyncAverage(WeightExchange):
             if not self._has_correction:
                 correction.zero_()
             correction.sub_(contribution)
-            gossip.mean(contribution, self._meetings.group, self._meetings.scratch)
+            weight_means.mean(contribution, self._meetings.group, self._meetings.scratch)
             correction.add_(contribution)
         self.communicator.count_seconds(started)
         with self._lock:
@@ -301,7 +303,3 @@ def _meet(averaging: Callable[[], _AsyncAverage | None], lock: threading.Conditi
         del attached
         with lock:
             lock.wait(seconds)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, check_average, register_algorithm
-from lightning_accel.algorithms.bucket_plans import BucketPlans
-from lightning_accel.codecs import check_codec, uses_feedback
-from lightning_accel.topology import Hierarchical, check_hierarchical
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
+from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.option_checks import check_average, check_hierarchical
+from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.compression.codecs import check_codec, uses_feedback
+from lightning_accel.transport.topology import Hierarchical
 
 
 @register_algorithm("bytegrad")

@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
-from lightning_accel import gossip
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, register_algorithm
-from lightning_accel.algorithms.weight_exchange import WeightExchange, check_communication_interval
-from lightning_accel.collectives import Scratch
-from lightning_accel.topology import Hierarchical, check_hierarchical, shift_one_peer
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context
+from lightning_accel.algorithms.common.option_checks import check_communication_interval, check_hierarchical
+from lightning_accel.algorithms.common.weight_exchange import WeightExchange
+from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.collectives import weight_means
+from lightning_accel.transport.scratch import Scratch
+from lightning_accel.transport.topology import Hierarchical, shift_one_peer
 
 PEER_SELECTION_MODES = ("all", "shift_one")
 
@@ -88,8 +90,8 @@ class _Decentralized(WeightExchange):
 
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
         if self._options.peer_selection_mode == "all":
-            gossip.mean(share, self.peers, scratch)
+            weight_means.mean(share, self.peers, scratch)
         else:
             communication = self.rounds // self._options.communication_interval
             peer = shift_one_peer(self.peers.rank, self.peers.world_size, communication)
-            gossip.mean_with(peer, share, self.peers, scratch)
+            weight_means.mean_with(peer, share, self.peers, scratch)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, register_algorithm
-from lightning_accel.algorithms.weight_exchange import WeightExchange, check_communication_interval
-from lightning_accel.codecs import check_codec
-from lightning_accel.collectives import Scratch
-from lightning_accel.flat_weights import segments
-from lightning_accel.gossip import Ring
-from lightning_accel.topology import Hierarchical, check_hierarchical
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context
+from lightning_accel.algorithms.common.flat_weights import segments
+from lightning_accel.algorithms.common.option_checks import check_communication_interval, check_hierarchical
+from lightning_accel.algorithms.common.weight_exchange import WeightExchange
+from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.collectives.ring import Ring
+from lightning_accel.compression.codecs import check_codec
+from lightning_accel.transport.scratch import Scratch
+from lightning_accel.transport.topology import Hierarchical
 
 
 @register_algorithm("low_precision_decentralized")

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 
 from lightning_accel import _native
-from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, register_algorithm
-from lightning_accel.algorithms.bucket_plans import BucketPlans
-from lightning_accel.codecs import DTYPES, check_codec, uses_feedback
-from lightning_accel.kernels import run_kernel
+from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
+from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.option_checks import check_hierarchical
+from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.compression.codecs import check_codec, uses_feedback
+from lightning_accel.native import DTYPES, run_kernel
 from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
-from lightning_accel.topology import Hierarchical, check_hierarchical
+from lightning_accel.transport.topology import Hierarchical
 
 
 @register_algorithm("qadam")

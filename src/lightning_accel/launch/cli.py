@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from lightning_accel.connections import watch_connections
 from lightning_accel.launch import ssh_run
 from lightning_accel.launch.arguments import add_tuning, of_script, tuning_of
+from lightning_accel.transport.tcp_keepalive import watch_connections
 
 _FAILED = 1
 

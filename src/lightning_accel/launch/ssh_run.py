@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-from lightning_accel.connections import UNREACHABLE_SECONDS
 from lightning_accel.environment import DEFAULT_PORT, variable
 from lightning_accel.launch.arguments import add_tuning, port, positive, tuning_of
+from lightning_accel.transport.tcp_keepalive import UNREACHABLE_SECONDS
 
 _GRACE_SECONDS = 15.0
 """Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""

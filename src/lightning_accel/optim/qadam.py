@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel import _native
-from lightning_accel.codecs import DTYPES
-from lightning_accel.kernels import run_kernel
+from lightning_accel.native import DTYPES, run_kernel
 
 STABLE_RATIO = 0.96
 """`warmup_steps="auto"`: how near to 1 the ratio of the variance's norms must be (1-bit Adam, section 7.1)."""

@@ -32,8 +32,8 @@ from lightning_accel.bagua.torch_api.communication import (
     send,
 )
 from lightning_accel.bagua.torch_api.distributed import with_bagua
-from lightning_accel.process_group import get_local_rank, get_rank, get_world_size
-from lightning_accel.process_group import get_local_world_size as get_local_size
+from lightning_accel.launch.process_group import get_local_rank, get_rank, get_world_size
+from lightning_accel.launch.process_group import get_local_world_size as get_local_size
 
 __all__ = [
     "ReduceOp",

@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import ReduceOp as ReduceOp
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-from lightning_accel import process_group
 from lightning_accel.environment import variable
+from lightning_accel.launch import process_group
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import nn
 import lightning_accel.algorithms
 from lightning_accel.bagua.torch_api.algorithms.base import Algorithm, ours
 from lightning_accel.bagua.torch_api.distributed import broadcast_optimizer_states
-from lightning_accel.data_parallel import AccelDataParallel, wrap
+from lightning_accel.data_parallel.wrap import AccelDataParallel, wrap
 
 
 def DistributedDataParallel(  # noqa: N802 - Bagua's name

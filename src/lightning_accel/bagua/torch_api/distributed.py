@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import lightning_accel.algorithms
 from lightning_accel.bagua.torch_api.algorithms.base import Algorithm, ours
-from lightning_accel.data_parallel import unwrap, wrap
+from lightning_accel.data_parallel.wrap import unwrap, wrap
 
 _ATTACHED = ("forward", "__getstate__", "bagua_ddp", "bagua_algorithm", "bagua_optimizers")
 """What `with_bagua` adds to an instance."""

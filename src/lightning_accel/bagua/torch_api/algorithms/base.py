@@ -10,9 +10,9 @@ from torch import nn
 
 import lightning_accel.algorithms
 from lightning_accel.algorithms import make_algorithm
-from lightning_accel.data_parallel import AccelDataParallel
-from lightning_accel.replica import Replica
-from lightning_accel.topology import Hierarchical
+from lightning_accel.data_parallel.replica import Replica
+from lightning_accel.data_parallel.wrap import AccelDataParallel
+from lightning_accel.transport.topology import Hierarchical
 
 
 class Algorithm:

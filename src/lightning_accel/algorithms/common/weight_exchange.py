@@ -1,0 +1,158 @@
+"""What algorithms that exchange weights, not gradients, have in common: flat buffers, rounds and consensus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_accel.algorithms.base import BoundAlgorithm, Context
+from lightning_accel.algorithms.common.flat_weights import FlatWeights
+from lightning_accel.collectives import weight_means
+from lightning_accel.native import DTYPES
+from lightning_accel.transport.group import Group
+from lightning_accel.transport.scratch import Scratch
+from lightning_accel.transport.topology import Hierarchical
+
+
+class WeightExchange(BoundAlgorithm):
+    """A replica whose gradients stay local and whose weights are exchanged.
+
+    Weights change at `before_forward`, `before_step` and `consensus` alone, never inside a backward. DDP does not broadcast
+    buffers such as BatchNorm's statistics in each forward: they differ between ranks until the next consensus.
+
+    Making it is collective.
+
+    Args:
+        context: the replica.
+        hierarchical: whether ranks of a node take their mean first, and its shares are exchanged between nodes.
+        widen: whether float16 and bfloat16 weights are exchanged as float32.
+
+    Raises:
+        ValueError: for weights that cannot be sent; on all ranks alike, before anything is.
+    """
+
+    ranks_differ = True
+
+    def __init__(self, context: Context, hierarchical: Hierarchical, *, widen: bool = False) -> None:
+        super().__init__(context)
+        ddp, communicator = context.ddp, self.communicator
+        named = zip(context.parameters.names, context.parameters.tensors, strict=True)
+        own = {name: p for name, p in named if name not in ddp.parameters_to_ignore}
+        # Frozen weights are equal everywhere, as long as they are frozen: the replica sees to that.
+        trainable = {name: p for name, p in own.items() if p.requires_grad}
+        for name, tensor in trainable.items():
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"weights must be {', '.join(str(d) for d in DTYPES)}: parameter {name!r} is {tensor.dtype}")
+        if communicator.topology.use_hierarchy(hierarchical):
+            self._lane = communicator.open_lane("nodes")
+            self.node, self.peers = self._lane.node, self._lane.peers
+        else:
+            self._lane = communicator.open_lane("all")
+            self.node, self.peers = Group(None), self._lane.group
+        self.rounds = 0
+        """Rounds finished so far."""
+        self.weights = FlatWeights(list(trainable.values()), widen=widen)
+        # A rank of a node has its share of a buffer, and each node a share of that.
+        self.buffers = self.weights.allocate(multiple=communicator.world_size)
+        self._trainable = list(trainable.values())
+        self._exchanged: list[torch.futures.Future[torch.Tensor]] = []
+        ddp.broadcast_buffers = False
+
+    def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
+        """Overwrites this rank's share of a buffer by what it becomes with `peers`, two or more. Runs in the background."""
+        raise NotImplementedError
+
+    def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Refuses LBFGS."""
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    f"{self.communicator.name} exchanges weights once a step, and LBFGS tries several weights in one: take "
+                    "another optimizer, or gradient_allreduce"
+                )
+
+    def before_step(self) -> None:
+        """Counts a round."""
+        self.rounds += 1
+        self.communicator.count_full_precision(self._trainable)
+
+    def start_exchange(self) -> None:
+        """Copies the weights to the buffers and starts to exchange them; nothing on a single process."""
+        if self.communicator.world_size == 1:
+            return
+        self.weights.gather(self.buffers)
+
+        def procedure(index: int, buffer: torch.Tensor) -> Callable[[], None]:
+            def exchange(share: torch.Tensor) -> None:
+                if self.peers.world_size > 1:
+                    self.exchange(index, share, self._lane.scratch)
+
+            return lambda: weight_means.mean(buffer, self.node, self._lane.scratch, exchange)
+
+        label = f"exchange of round {self.rounds}"
+        self._exchanged = [self._submit(label, buffer, procedure(i, buffer)) for i, buffer in enumerate(self.buffers)]
+
+    def finish_exchange(self) -> None:
+        """Waits for what was started, if anything was, and takes the weights from the buffers."""
+        if self._exchanged:
+            self._wait()
+            self.weights.scatter(self.buffers)
+
+    def consensus(self) -> None:
+        """Takes the mean of all ranks' weights, floating buffers and averages; of what is no number in floating point, rank 0's.
+
+        An exchange in flight is waited for and dropped. Gradients stay.
+        """
+        if self.communicator.world_size == 1:
+            return
+        self._wait()
+        ddp, n = self.context.ddp, self.communicator.world_size
+        tensors = [buffer for name, buffer in ddp.module.named_buffers() if name not in ddp.parameters_to_ignore]
+        averages = [tensor for module in self.averages for tensor in (*module.parameters(), *module.buffers())]
+        tensors += [tensor for tensor in averages if tensor.device == self.buffers[0].device]
+        floating = FlatWeights([tensor for tensor in tensors if tensor.dtype in DTYPES])
+        others = FlatWeights([tensor for tensor in tensors if tensor.dtype not in DTYPES])
+        exchanged = [
+            (self.weights, self.buffers, self._mean),
+            (floating, floating.allocate(multiple=n), self._mean),
+            (others, others.allocate(), self._broadcast),
+        ]
+        for flat, targets, procedure in exchanged:
+            flat.gather(targets)
+            self._exchanged += [self._submit("consensus", target, procedure(target)) for target in targets]
+        self._wait()
+        for flat, targets, _ in exchanged:
+            flat.scatter(targets)
+        self._lane.scratch.clear()  # a mean needs more of it than messages do
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counter; weights are the model's, and equal on all ranks when they are saved."""
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the counter."""
+        self.rounds = int(state["rounds"])
+
+    def _mean(self, buffer: torch.Tensor) -> Callable[[], None]:
+        scratch = self._lane.scratch
+        return lambda: weight_means.mean(buffer, self.node, scratch, lambda share: weight_means.mean(share, self.peers, scratch))
+
+    def _broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
+        def procedure() -> None:
+            for group in (self.peers, self.node):
+                group.broadcast(buffer.view(torch.uint8))
+
+        return procedure
+
+    def _submit(self, label: str, buffer: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
+        return self.communicator.submit(label, buffer, (self._lane, procedure), is_gradient=False)
+
+    def _wait(self) -> None:
+        """Waits for what was started; what follows comes after, on a GPU's current stream too."""
+        exchanged, self._exchanged = self._exchanged, []
+        if exchanged:
+            self.communicator.wait()
+        for future in exchanged:
+            future.wait()

@@ -1,0 +1,112 @@
+"""Checkpoints of a plain PyTorch loop: complete or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_accel.checkpoint import rank_files
+from lightning_accel.checkpoint.state import KEY, State
+from lightning_accel.data_parallel.wrap import AccelDataParallel, check_wrapped
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    ddp: AccelDataParallel,
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+    **extra: Any,
+) -> None:
+    """Writes model, optimizers, the algorithm's state and the random generators'; returns once all is complete. Collective.
+
+    The file is written beside its place and then moved there, so that a crash leaves the old one or the new one. What
+    each rank holds for itself is in files of a folder `<path>.ranks`, if the algorithm has any such state.
+
+    Args:
+        path: of the file; all ranks must see it.
+        ddp: from `wrap`; all ranks' weights are made equal first.
+        optimizers: rank 0's states are written; each rank's with an algorithm that lets weights differ between ranks.
+        **extra: whatever else a resumed run needs, such as a gradient scaler's state, as tensors, numbers, strings, lists and
+            dicts; whose is written is decided as for the optimizers.
+
+    Raises:
+        RuntimeError: on all ranks, if any of them could not write; what was there before is left as it was.
+        TypeError: for a model that `wrap` has not made.
+    """
+    check_wrapped(ddp)
+    ddp.replica.consensus()
+    state = State.of(ddp.replica.communicator.name, [ddp.replica])
+    entries = {"optimizers": [optimizer.state_dict() for optimizer in _listed(optimizers)], "extra": extra}
+
+    def write(part: dict[str, Any]) -> None:
+        _check_extra(extra)
+        if dist.get_rank(ddp.process_group) == 0:
+            rank_files.write_whole(Path(path), {"model": ddp.module.state_dict(), **entries, KEY: part})
+
+    rank_files.save_checkpoint(path, state, entries, write, ddp.process_group)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    ddp: AccelDataParallel,
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+) -> dict[str, Any]:
+    """Takes up what `save_checkpoint` wrote, and returns its `extra`. Collective; all ranks must see the file.
+
+    Random generators are set, too, if there are as many ranks as there were: call it last before the loop.
+
+    Raises:
+        FileNotFoundError: on all ranks, if there is no such file, or a rank's is missing.
+        ValueError: on all ranks, if a file is torn or no such checkpoint, or holds another number of optimizers.
+        TypeError: for a model that `wrap` has not made.
+    """
+    check_wrapped(ddp)
+    given = _listed(optimizers)
+    algorithm = ddp.replica.communicator.name
+    read = partial(_read, path, len(given))
+    saved, restored = rank_files.load_checkpoint(path, read, algorithm, 1, ddp.process_group)
+    assert restored is not None
+    ddp.replica.consensus()  # ends what is in flight
+    ddp.module.load_state_dict(saved["model"])
+    for optimizer, state in zip(given, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    if not restored.apply(algorithm, [ddp.replica]):
+        ddp.replica.consensus()  # the algorithm starts anew from these weights
+    extra: dict[str, Any] = saved["extra"]
+    return extra
+
+
+def _read(path: str | os.PathLike[str], optimizers: int) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is torn or no checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(saved, dict) or not {KEY, "model", "optimizers", "extra"} <= saved.keys():
+        raise ValueError(f"{os.fspath(path)} was not written by save_checkpoint")
+    if len(saved["optimizers"]) != optimizers:
+        raise ValueError(f"{os.fspath(path)} holds {len(saved['optimizers'])} optimizers, {optimizers} were given")
+    return saved
+
+
+def _listed(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
+def _check_extra(value: object, place: str = "extra") -> None:
+    """Refuses what could be written but not be read with weights_only: a run that resumes would be the first to find out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_extra(key, f"a key of {place}")
+            _check_extra(item, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_extra(item, f"{place}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{place} must be made of tensors, numbers, strings, lists and dicts: it is a {type(value).__name__}")

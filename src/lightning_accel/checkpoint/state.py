@@ -1,0 +1,130 @@
+"""What a checkpoint keeps of replicas."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_accel.checkpoint.random_generators import set_generators
+from lightning_accel.data_parallel.replica import Replica
+
+_log = logging.getLogger(__name__)
+
+
+KEY = "lightning_accel"
+"""Of our part in a checkpoint; who does not know it leaves it alone."""
+
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of replicas that train with one algorithm, on this rank.
+
+    Attributes:
+        algorithm: its name.
+        common: of each replica, what all ranks hold alike.
+        own: of each replica, what this rank holds for itself.
+        ranks_differ: whether optimizers, too, are each rank's own.
+    """
+
+    algorithm: str
+    common: list[dict[str, Any]]
+    own: list[dict[str, Any]]
+    ranks_differ: bool
+
+    @classmethod
+    def of(cls, algorithm: str, replicas: Sequence[Replica]) -> State:
+        """The state as it is now; tensors are not copied."""
+        return cls(
+            algorithm,
+            [replica.state_dict() for replica in replicas],
+            [replica.algorithm.rank_state_dict() for replica in replicas],
+            any(replica.algorithm.ranks_differ for replica in replicas),
+        )
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether this rank holds anything for itself, but for its random generators."""
+        return self.ranks_differ or any(self.own)
+
+    @property
+    def rounds(self) -> list[int]:
+        """Finished by each replica."""
+        return [common["rounds"] for common in self.common]
+
+    def part(self, world_size: int, generators: list[dict[str, Any]] | None = None, folder: str | None = None) -> dict[str, Any]:
+        """What goes into the checkpoint; with neither generators nor folder as one rank can write it alone."""
+        return {
+            "version": VERSION,
+            "algorithm": self.algorithm,
+            "world_size": world_size,
+            "replicas": self.common,
+            "generators": generators,
+            "rank_files": folder,
+        }
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held for this rank: read and checked, not yet taken up.
+
+    Attributes:
+        part: of the checkpoint, under `KEY`.
+        rank: that reads.
+        world_size: of the run that reads.
+        own: of each replica, what this rank held for itself; None where there is no file, or none that fits.
+    """
+
+    part: dict[str, Any]
+    rank: int
+    world_size: int
+    own: list[dict[str, Any]] | None = None
+
+    def apply(self, algorithm: str, replicas: Sequence[Replica]) -> bool:
+        """Takes it up, once model and optimizers have been restored; whether the algorithm's state was fitting."""
+        part = self.part
+        is_fitting = fits(part, algorithm, len(replicas))
+        if is_fitting:
+            for replica, common in zip(replicas, part["replicas"], strict=True):
+                replica.load_state_dict(common)
+            if self.own is not None:
+                for replica, own in zip(replicas, self.own, strict=True):
+                    replica.algorithm.load_rank_state_dict(own)
+            self._warn_of_loss()
+        else:
+            modules = "" if len(replicas) == len(part["replicas"]) else f" on {len(part['replicas'])} modules"
+            _log.warning(
+                "the checkpoint is of algorithm %r%s, this run uses %r%s: its state starts anew",
+                part["algorithm"],
+                modules,
+                algorithm,
+                modules and f" on {len(replicas)}",
+            )
+        if part["generators"] is not None and part["world_size"] == self.world_size:
+            set_generators(part["generators"][self.rank])
+        return is_fitting
+
+    def _warn_of_loss(self) -> None:
+        if self.rank != 0:
+            return
+        if self.part["generators"] is None:
+            _log.warning(
+                "the checkpoint was written by rank 0 alone, when a run failed: what each rank held for itself (residuals, "
+                "optimizers, random generators) starts anew"
+            )
+        elif self.part["rank_files"] is not None and self.own is None:
+            _log.warning(
+                "the checkpoint is of %d ranks, this run has %d: model and optimizers are those of rank 0, what each rank held "
+                "for itself (residuals, random generators) starts anew",
+                self.part["world_size"],
+                self.world_size,
+            )
+
+
+def fits(part: dict[str, Any], algorithm: str, replicas: int) -> bool:
+    """Whether a checkpoint's part belongs to this algorithm and number of replicas."""
+    return (part["algorithm"], len(part["replicas"])) == (algorithm, replicas)

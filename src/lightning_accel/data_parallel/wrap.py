@@ -1,0 +1,123 @@
+"""Any algorithm in a plain PyTorch loop: `wrap` gives the DDP module, with the algorithm attached."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_accel.algorithms import Algorithm, make_algorithm
+from lightning_accel.background.statistics import Statistics
+from lightning_accel.data_parallel.replica import Replica
+
+
+class AccelDataParallel(DistributedDataParallel):
+    """torch's DistributedDataParallel with an algorithm attached; made by `wrap`, ended by `unwrap` or a `with` block.
+
+    Either leaves equal weights on all ranks; but a `with` block that an exception ends leaves them as they are.
+
+    A copy or a pickle of it has no algorithm: it is plain DDP.
+
+    Attributes:
+        replica: what attaches the algorithm.
+    """
+
+    replica: Replica
+
+    @property
+    def statistics(self) -> Statistics:
+        """What communication cost this rank so far."""
+        return self.replica.statistics
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        replica = state.pop("replica", None)
+        if replica is not None:
+            hooks = state["_forward_pre_hooks"]
+            state["_comm_hooks"] = []
+            state["_forward_pre_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in replica.hook_ids)
+        return state
+
+    def __enter__(self) -> AccelDataParallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:  # an exception may be this rank's alone
+                self.replica.consensus()
+        finally:
+            self.replica.close()
+
+
+def wrap(
+    model: nn.Module,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    algorithm: str | Algorithm = "gradient_allreduce",
+    *,
+    timeout: timedelta | None = None,
+    **options: Any,
+) -> AccelDataParallel:
+    """Wraps a model for data-parallel training whose communication is chosen by one word. Collective.
+
+    Training goes on as with DistributedDataParallel: `backward()`, `optimizer.step()`, gradient scalers, schedulers,
+    `no_sync()` for accumulation, `state_dict()`.
+
+    Args:
+        model: on its device; its parameters become rank 0's.
+        optimizers: one or several, over the model's parameters: their steps tell the algorithm where a round ends.
+        algorithm: a name, or an `Algorithm` object.
+        timeout: of the algorithm's collectives; None takes that of the process group.
+        **options: of the algorithm, such as `codec`, and of DistributedDataParallel, such as `bucket_cap_mb`.
+            gradient_as_bucket_view is True unless given.
+
+    Raises:
+        ValueError: for an unknown algorithm or a wrong value of an option.
+        TypeError: for an option that neither of both takes, or a model or an optimizer that is none.
+
+    Example:
+        >>> with wrap(model, optimizer, "bytegrad") as model:  # doctest: +SKIP
+        ...     model(batch).sum().backward()
+        ...     optimizer.step()
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        raise TypeError(f"wrap needs a model that is not wrapped yet: got {type(model).__name__}")
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"wrap needs the optimizer, or all of them, after the model: got {type(optimizer).__name__}")
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    of_ddp = {name: options.pop(name) for name in list(options) if name in parameters and name not in ("self", "module")}
+    made = make_algorithm(algorithm, options)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
+    ddp = AccelDataParallel(model, **{**defaults, **of_ddp})
+    ddp.replica = Replica(ddp, made, optimizers, timeout=timeout)
+    return ddp
+
+
+def unwrap(ddp: AccelDataParallel) -> nn.Module:
+    """Ends communication and gives the model back, with equal weights on all ranks. Collective and idempotent.
+
+    Raises:
+        RuntimeError: after a `with` block that an exception has ended, if weights may differ between ranks.
+        TypeError: for anything that `wrap` has not made.
+    """
+    check_wrapped(ddp)
+    try:
+        ddp.replica.consensus()
+    finally:
+        ddp.replica.close()
+    module: nn.Module = ddp.module
+    return module
+
+
+def check_wrapped(ddp: object) -> None:
+    """Refuses a model that has no algorithm."""
+    if not isinstance(getattr(ddp, "replica", None), Replica):  # a compiled one has it too, a copy has not
+        raise TypeError(f"what lightning_accel.wrap has returned is needed: got {type(ddp).__name__}")
