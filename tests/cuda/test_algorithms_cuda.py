@@ -53,8 +53,8 @@ def read_on_another_stream(rank, world_size, device):
     """Catches a result that is delivered while gloo still copies it to the GPU: no other stream than one waits for that."""
     tensors = [torch.full((2_000_000,), rank + k, device=device) for k in range(10)]
     communicator = Communicator("test", None, tensors[0].device, TIMEOUT, discover(dist.group.WORLD))
-    lane = communicator.open_lane("all")
-    futures = [communicator.all_reduce(f"bucket {k}", tensor, lane) for k, tensor in enumerate(tensors)]
+    queue = communicator.open_queue("all")
+    futures = [communicator.all_reduce(f"bucket {k}", tensor, queue) for k, tensor in enumerate(tensors)]
     communicator.wait()
     with torch.cuda.stream(torch.cuda.Stream(priority=-1)) if device != "cpu" else contextlib.nullcontext():
         for k, (future, tensor) in enumerate(zip(futures, tensors, strict=True)):
@@ -116,6 +116,6 @@ def failures(request):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_rank_equals_the_reference(failures, name):
-    """Catches a host buffer that is read or written while the GPU still copies, copies that go the wrong way, a lane whose
+    """Catches a host buffer that is read or written while the GPU still copies, copies that go the wrong way, a queue whose
     stream does not wait for backward or that backward does not wait for, and kernels that round otherwise than the CPU's."""
     assert failures.get(name) is None, failures[name]

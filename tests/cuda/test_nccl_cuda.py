@@ -119,12 +119,12 @@ def two_shot(rank, world_size, device):
             tensor.check(f"{codec}, {dtype}")
 
 
-def lanes(rank, world_size, device):
+def queues(rank, world_size, device):
     """Catches work on the training stream or by a Python thread, buckets that share memory while both are under way, a stage
     that does not wait for the one before, and a training stream that reads before the last one has written."""
     communicator = open_communicator(device)
     groups = "all", "all", "none"
-    opened = [communicator.open_lane(name) for name in groups]
+    opened = [communicator.open_queue(name) for name in groups]
     kept = [Scratch() for _ in range(5)]
     ran_on = [[] for _ in opened]
 
@@ -142,7 +142,7 @@ def lanes(rank, world_size, device):
         for k, (tensor, scratch) in enumerate(zip(tensors, kept, strict=True)):
             arguments = tensor.on_device, tensor.plan, opened[0].group, opened[1].group, scratch
             steps = compressed_all_reduce_steps(*arguments, divisor=3.0, feedback=tensor.feedback)
-            stages = [(lane, noted(place, step)) for place, (lane, step) in enumerate(zip(opened, steps, strict=True))]
+            stages = [(queue, noted(place, step)) for place, (queue, step) in enumerate(zip(opened, steps, strict=True))]
             futures.append(communicator.submit(f"bucket {k}", tensor.on_device, *stages))
         if device != "cpu":
             assert not own_threads()
@@ -152,7 +152,7 @@ def lanes(rank, world_size, device):
             tensor.expect()
             tensor.check(f"round {round_}, bucket {k}")
     if device != "cpu":
-        streams = [lane.stream for lane in opened]
+        streams = [queue.stream for queue in opened]
         assert len({stream.cuda_stream for stream in (*streams, stream_of(device))}) == 1 + len(streams)
         for stream, used in zip(streams, ran_on, strict=True):
             assert set(used) == {stream}
@@ -160,10 +160,10 @@ def lanes(rank, world_size, device):
 
 
 def order_of_streams(rank, world_size, device):
-    """Catches a lane that begins before the training stream has written, a stage that begins before the one before has, and
+    """Catches a queue that begins before the training stream has written, a stage that begins before the one before has, and
     a result that is delivered before the last stage has written: each of them is slow here."""
     communicator = open_communicator(device)
-    one, other = communicator.open_lane("none"), communicator.open_lane("none")
+    one, other = communicator.open_queue("none"), communicator.open_queue("none")
     tensor, seen = torch.zeros(1000, device=device), torch.zeros(1000, device=device)
 
     def first():
@@ -189,8 +189,8 @@ NUMEL = 32 * 2**20
 """Bytes that have a segment of the allocator for themselves: who asks for as many next gets the same, once it is given back."""
 
 
-def submit_and_forget(kind, communicator, lane, seen):
-    """Lets a lane read memory, late, and gives the memory back at once; its address is all that is left."""
+def submit_and_forget(kind, communicator, queue, seen):
+    """Lets a queue read memory, late, and gives the memory back at once; its address is all that is left."""
     device, scratch = seen.device.type, Scratch()
     memory = scratch.bytes("memory", NUMEL, seen.device) if kind == "scratch" else torch.empty_like(seen)
     memory.fill_(1)
@@ -200,25 +200,25 @@ def submit_and_forget(kind, communicator, lane, seen):
         sleep(device)
         seen.copy_(memory)
 
-    communicator.submit("bucket", tensor, (lane, read))
-    scratch.clear([lane.stream] if lane.stream is not None else [])
+    communicator.submit("bucket", tensor, (queue, read))
+    scratch.clear([queue.stream] if queue.stream is not None else [])
     return memory.data_ptr()
 
 
 def keeps_values(kind, device):
-    """Whether a lane still reads what was there, though the training stream has asked for as much memory and filled it."""
+    """Whether a queue still reads what was there, though the training stream has asked for as much memory and filled it."""
     communicator = open_communicator(device)
-    lane = communicator.open_lane("none")
+    queue = communicator.open_queue("none")
     seen = torch.zeros(NUMEL, dtype=torch.uint8, device=device)
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    address = submit_and_forget(kind, communicator, lane, seen)
+    address = submit_and_forget(kind, communicator, queue, seen)
     pressing = torch.full((NUMEL,), 77, dtype=torch.uint8, device=device)
     if device != "cpu":
         torch.cuda.current_stream().synchronize()
-        is_in_time = not lane.stream.query()
-        assert is_in_time or pressing.data_ptr() != address, "the lane had read before the memory was overwritten"
+        is_in_time = not queue.stream.query()
+        assert is_in_time or pressing.data_ptr() != address, "the queue had read before the memory was overwritten"
         torch.cuda.synchronize()
     communicator.wait()
     communicator.close()
@@ -226,8 +226,8 @@ def keeps_values(kind, device):
 
 
 def lifetimes(rank, world_size, device):
-    """Catches a `record_stream` that is missing where a lane takes up a tensor, or where scratch memory is given back: the
-    allocator hands memory out anew while a lane's stream has yet to read it. Without `record_stream` the values are lost, which
+    """Catches a `record_stream` that is missing where a queue takes up a tensor, or where scratch memory is given back: the
+    allocator hands memory out anew while a queue's stream has yet to read it. Without `record_stream` the values are lost, which
     shows that the pressure is real."""
     for kind in ("tensor", "scratch"):
         assert keeps_values(kind, device), kind
@@ -309,7 +309,7 @@ def no_host_waits(rank, world_size, device):
 
 
 def buckets(rank, world_size, device):
-    """Catches a bucket that DDP takes up before the lanes have written it, or that they read before backward has."""
+    """Catches a bucket that DDP takes up before the queues have written it, or that they read before backward has."""
     for codec in ("int8", "sign", "none"):
         ddp = DistributedDataParallel(GivenGradients(few_kinds(0)).to(device), bucket_cap_mb=0.02)
         replica = Replica(ddp, ByteGrad(codec, error_feedback=False), timeout=TIMEOUT)
@@ -323,7 +323,7 @@ def buckets(rank, world_size, device):
 
 
 def weights(rank, world_size, device):
-    """Catches weights that a lane takes before the optimizer has stepped, or that come back after backward has begun to need
+    """Catches weights that a queue takes before the optimizer has stepped, or that come back after backward has begun to need
     them: an exchange among the one rank there is changes nothing."""
     training, alone = Training(Decentralized(), device), Training(None, device)
     for step in range(6):
@@ -413,7 +413,7 @@ def check_host(events):
 CHECKS = {
     check.__name__: check
     for check in (
-        two_shot, lanes, order_of_streams, lifetimes, buckets, weights, async_buffers, no_host_waits, overlap,
+        two_shot, queues, order_of_streams, lifetimes, buckets, weights, async_buffers, no_host_waits, overlap,
     )
 }  # fmt: skip
 

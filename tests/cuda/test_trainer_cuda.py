@@ -184,7 +184,7 @@ def with_graphs(rank, world_size, device):
 
 
 def test_cuda_graphs():
-    """Catches a bucket that a graph's replay overwrites while a lane still reads it. Where Lightning's own DDPStrategy cannot,
+    """Catches a bucket that a graph's replay overwrites while a queue still reads it. Where Lightning's own DDPStrategy cannot,
     ours need not."""
     (refusal,) = run_ranks(with_graphs, 1, "cuda", timeout=140, backend="nccl")
     if refusal is not None:

@@ -221,7 +221,7 @@ def hold_memory(rank, world_size, node_name, find_unused_parameters):
             torch.empty = counting_empty
         backward(ddp, of_ranks[rank])
         plans = replica.algorithm._plans
-        scratches = [bucket.kept for bucket in plans._buckets.values()] + [lane.scratch for lane in plans._lanes]
+        scratches = [bucket.kept for bucket in plans._buckets.values()] + [queue.scratch for queue in plans._queues]
         held.append(sum(scratch.allocated_bytes for scratch in scratches))
     torch.empty = empty
     replica.close()

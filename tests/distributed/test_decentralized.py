@@ -379,7 +379,7 @@ def bytes_of(rank, world_size, algorithms):
         for round_ in range(12):
             ddp(inputs_of(rank, round_)).sum().backward()
             optimizer.step()
-            held.append(replica.algorithm._lane.scratch.allocated_bytes)
+            held.append(replica.algorithm._queue.scratch.allocated_bytes)
         assert len(set(held[4:])) == 1, f"memory that grows: {held}"
         numel = sum(parameter.numel() for parameter in ddp.parameters())
         assert replica.statistics.full_precision_bytes == 12 * 8 * (world_size - 1) * numel // world_size
@@ -430,11 +430,11 @@ def memory(rank, world_size):
             ddp(inputs_of(rank, round_)).sum().backward()
             optimizer.step()
             if round_ == 3:
-                before = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+                before = sum(queue.scratch.allocated_bytes for queue in replica.communicator._queues)
                 replica.consensus()
         if isinstance(algorithm, AsyncAverage):
             replica.pause()  # its thread has averaged, or may be about to
-        after = sum(lane.scratch.allocated_bytes for lane in replica.communicator._lanes)
+        after = sum(queue.scratch.allocated_bytes for queue in replica.communicator._queues)
         weights = sum(4 * parameter.numel() for parameter in ddp.parameters())
         held.append([(sum(tensor.nbytes for tensor in kept) + scratch) / weights for scratch in (before, after)])
         replica.close()

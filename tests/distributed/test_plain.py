@@ -261,11 +261,11 @@ def use_closed(rank, world_size, folder):
         ddp.replica.resume()
         assert accel.unwrap(ddp) is accel.unwrap(ddp) is model
         assert not own_threads()
-        lane = ddp.replica.communicator._lanes[0]
+        queue = ddp.replica.communicator._queues[0]
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.submit("late", torch.zeros(1), (lane, lambda: None))
+            ddp.replica.communicator.submit("late", torch.zeros(1), (queue, lambda: None))
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.run("late", lambda: None, lane)
+            ddp.replica.communicator.run("late", lambda: None, queue)
         assert not own_threads()
 
         failed = []

@@ -147,7 +147,7 @@ class Training:
 
 def check_replicas(training: Training) -> None:
     """Of a ring's ranks, bitwise: w[r] == R[r-1] == L[r+1]. Collective."""
-    peers = training.replica.algorithm.peers
+    peers = training.replica.algorithm.inter_node
     n = peers.world_size
     for ring in training.replica.algorithm.rings:
         of_kinds = []

@@ -381,7 +381,7 @@ def test_wire_size_is_as_documented(codec, expected):
 
 
 def test_kernels_may_run_on_several_threads():
-    """Catches a shared buffer inside of the kernels: two lanes encode at once."""
+    """Catches a shared buffer inside of the kernels: two queues encode at once."""
     tensors = [normal(50_000, torch.float32, seed=seed) for seed in range(4)]
     plans = [plan_of("int8", tensor) for tensor in tensors]
     expected = [encoded(plan, tensor) for plan, tensor in zip(plans, tensors, strict=True)]

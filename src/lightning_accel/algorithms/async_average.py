@@ -100,7 +100,7 @@ class _AsyncAverage(WeightExchange):
         self._warmup_steps = options.warmup_steps
         self._interval_seconds = options.sync_interval_ms / 1000
         # Not NCCL's: its kernels wait on the device, in an order that a thread of its own would not keep.
-        self._meetings = self.communicator.open_lane("all", backend="gloo")
+        self._meetings = self.communicator.open_queue("all", backend="gloo")
         self._flags = torch.zeros(3, dtype=torch.int32)
         self._is_on_host = all(buffer.device.type == "cpu" for buffer in self.buffers)
         if self._is_on_host:
@@ -136,7 +136,7 @@ class _AsyncAverage(WeightExchange):
         if not self.is_in_lockstep:
             return super().reduce_gradients(bucket, label)
         gradients = bucket.buffer().mul_(1 / self._world_size)  # as DDP divides
-        return self.communicator.all_reduce(label, gradients, self._lane)
+        return self.communicator.all_reduce(label, gradients, self._queue)
 
     def before_forward(self) -> None:
         if self._world_size == 1:
@@ -172,7 +172,7 @@ class _AsyncAverage(WeightExchange):
     def resume(self) -> None:
         self._is_paused = False  # the next round starts it, when all ranks have come out of their pause
 
-    @torch.inference_mode(False)  # Lightning's validation begins inside of it, and the lane's thread would get such tensors
+    @torch.inference_mode(False)  # Lightning's validation begins inside of it, and the queue's thread would get such tensors
     def consensus(self) -> None:
         if self._world_size == 1:
             return

@@ -90,8 +90,8 @@ class _Decentralized(WeightExchange):
 
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
         if self._options.peer_selection_mode == "all":
-            weight_means.mean(share, self.peers, scratch)
+            weight_means.mean(share, self.inter_node, scratch)
         else:
             communication = self.rounds // self._options.communication_interval
-            peer = shift_one_peer(self.peers.rank, self.peers.world_size, communication)
-            weight_means.mean_with(peer, share, self.peers, scratch)
+            peer = shift_one_peer(self.inter_node.rank, self.inter_node.world_size, communication)
+            weight_means.mean_with(peer, share, self.inter_node, scratch)

@@ -53,13 +53,13 @@ class _Flat(BoundAlgorithm):
     def __init__(self, context: Context, options: GradientAllReduce) -> None:
         super().__init__(context)
         self.lets_ddp_divide = options.average
-        self._lane = context.communicator.open_lane("all")
+        self._queue = context.communicator.open_queue("all")
 
     def all_reduce(self, divided: torch.Tensor, label: str) -> torch.futures.Future[torch.Tensor]:
-        return self.communicator.all_reduce(label, divided, self._lane)
+        return self.communicator.all_reduce(label, divided, self._queue)
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
-        return self.communicator.all_reduce(label, bucket.buffer(), self._lane)
+        return self.communicator.all_reduce(label, bucket.buffer(), self._queue)
 
 
 class _Hierarchical(BoundAlgorithm):

@@ -75,7 +75,7 @@ class _LowPrecisionDecentralized(WeightExchange):
         self._begins_anew = True
         self.rings: list[Ring] = []
         for share, parts in zip(self._shares(), self.weights.parts, strict=True):
-            start = self.node.rank * share.numel()
+            start = self.intra_node.rank * share.numel()
             self.rings.append(Ring.of(options.codec, share, *segments(parts, start, start + share.numel())))
 
     def before_forward(self) -> None:
@@ -88,7 +88,7 @@ class _LowPrecisionDecentralized(WeightExchange):
             self.finish_exchange()
 
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
-        self.rings[buffer].step(share, self.peers, scratch)
+        self.rings[buffer].step(share, self.inter_node, scratch)
 
     def consensus(self) -> None:
         super().consensus()
@@ -106,5 +106,5 @@ class _LowPrecisionDecentralized(WeightExchange):
 
     def _shares(self) -> list[torch.Tensor]:
         """This rank's share of each buffer; all of it, but among the ranks of a node."""
-        n, rank = self.node.world_size, self.node.rank
+        n, rank = self.intra_node.world_size, self.intra_node.rank
         return [buffer.view(n, buffer.numel() // n)[rank] for buffer in self.buffers]

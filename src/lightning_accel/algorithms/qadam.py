@@ -71,7 +71,7 @@ class _QAdam(BoundAlgorithm):
     def __init__(self, context: Context, options: QAdamAlgorithm) -> None:
         super().__init__(context)
         self._options = options
-        self._lane = self.communicator.open_lane("all")
+        self._queue = self.communicator.open_queue("all")
         hierarchical = self.communicator.topology.use_hierarchy(options.hierarchical)
         self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical)
         self._optimizers: list[QAdam] = []
@@ -125,7 +125,7 @@ class _QAdam(BoundAlgorithm):
         if self._phase is Phase.WARMUP:
             if world_size == 1:
                 return super().reduce_gradients(bucket, label)
-            return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._lane)
+            return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._queue)
         momentum, parameters = bucket.buffer(), bucket.parameters()
         if bucket.index() == 0:
             self._note_backward()
@@ -201,9 +201,9 @@ class _QAdam(BoundAlgorithm):
         least = torch.tensor([value], device=self.context.parameters.tensors[0].device)
 
         def reduce() -> None:
-            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._lane.group.process_group)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._queue.group.process_group)
 
-        future = self.communicator.submit("the end of warm-up", least, (self._lane, reduce), is_gradient=False)
+        future = self.communicator.submit("the end of warm-up", least, (self._queue, reduce), is_gradient=False)
         self.communicator.wait()
         return int(future.wait().item())
 
@@ -238,7 +238,7 @@ class _QAdam(BoundAlgorithm):
                 self._agreed_steps = None
             self._indexed = loads, len(groups)
             if self._phase is Phase.COMPRESSED:
-                # A momentum that was loaded in another memory format is laid anew here. On a lane's stream the old one would
+                # A momentum that was loaded in another memory format is laid anew here. On a queue's stream the old one would
                 # still be read when the training stream gets its memory.
                 for parameter, (optimizer, _) in self._owners.items():
                     optimizer.momentum_of(parameter)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Literal
 
 import torch
@@ -15,14 +15,14 @@ from lightning_accel.transport.group import Group
 from lightning_accel.transport.scratch import Scratch
 
 
-class Lane:
+class CommQueue:
     """One ordered sequence of collectives, with process groups and scratch memory that nothing else uses.
 
-    Work in one lane runs in the order it was submitted; two lanes run side by side.
+    Work in one queue runs in the order it was submitted; two queues run side by side.
 
     Attributes:
         groups: those it was opened with, by name.
-        scratch: for the procedures run in this lane.
+        scratch: for the procedures run in this queue.
     """
 
     def __init__(self, name: str, groups: dict[str, Group], device: torch.device) -> None:
@@ -30,10 +30,10 @@ class Lane:
         self.scratch = Scratch()
         self._device = device
         self._name = name
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.stream: torch.cuda.Stream | None = None
-        """Where the lane's work on a GPU is enqueued."""
+        """Where the queue's work on a GPU is enqueued."""
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -43,17 +43,17 @@ class Lane:
         return self.groups["all"]
 
     @property
-    def node(self) -> Group:
+    def intra_node(self) -> Group:
         """Ranks on this node."""
-        return self.groups["node"]
+        return self.groups["intra_node"]
 
     @property
-    def peers(self) -> Group:
+    def inter_node(self) -> Group:
         """Ranks of equal local rank, one a node."""
-        return self.groups["peers"]
+        return self.groups["inter_node"]
 
     def enqueue(self, run: Callable[[], None]) -> None:
-        """Lets the lane's thread run it, after what was enqueued before."""
+        """Lets the queue's thread run it, after what was enqueued before."""
         if self._thread is None:
             arguments = self._queue, self._device
             self._thread = threading.Thread(target=_work, args=arguments, name=f"lightning_accel {self._name}", daemon=True)
@@ -74,36 +74,36 @@ class Lane:
         return not thread.is_alive()
 
 
-def _work(tasks: queue.SimpleQueue[Callable[[], None] | None], device: torch.device) -> None:
+def _work(works: SimpleQueue[Callable[[], None] | None], device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    while (run := tasks.get()) is not None:
+    while (run := works.get()) is not None:
         run()
         del run  # it holds the communicator, which may be dropped while this waits for the next
 
 
-LaneGroups = Literal["all", "nodes", "none"]
+QueueGroups = Literal["all", "nodes", "none"]
 
 
-Stage = tuple[Lane, Callable[[], None]]
-"""A procedure, and the lane it runs in."""
+Stage = tuple[CommQueue, Callable[[], None]]
+"""A procedure, and the queue it runs in."""
 
 
-def end_threads(lanes: list[Lane]) -> None:
-    """Lets the lanes' threads end after what was enqueued."""
-    for lane in lanes:
-        lane.end()
+def end_threads(queues: list[CommQueue]) -> None:
+    """Lets the queues' threads end after what was enqueued."""
+    for queue in queues:
+        queue.end()
 
 
 @contextlib.contextmanager
 def on_stream(
-    lane: Lane, tensor: torch.Tensor, ready: torch.cuda.Event | None
+    queue: CommQueue, tensor: torch.Tensor, ready: torch.cuda.Event | None
 ) -> Iterator[Callable[[], torch.cuda.Event | None]]:
-    """On a GPU: what happens inside is enqueued on the lane's stream, after `ready`; gives a way to mark its end."""
-    if lane.stream is None or ready is None:
+    """On a GPU: what happens inside is enqueued on the queue's stream, after `ready`; gives a way to mark its end."""
+    if queue.stream is None or ready is None:
         yield lambda: None
         return
-    with torch.cuda.stream(lane.stream):
-        lane.stream.wait_event(ready)
-        tensor.record_stream(lane.stream)
-        yield lane.stream.record_event
+    with torch.cuda.stream(queue.stream):
+        queue.stream.wait_event(ready)
+        tensor.record_stream(queue.stream)
+        yield queue.stream.record_event

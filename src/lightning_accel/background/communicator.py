@@ -1,7 +1,7 @@
 """Communication in the background: own process groups, one order on all ranks, counters, and failures that end training.
 
-On the CPU, and where gloo carries CUDA tensors, a daemon thread for each lane runs what is submitted, in the order of
-submission. On NCCL no Python thread issues work: what is submitted is enqueued at once, on a side stream for each lane.
+On the CPU, and where gloo carries CUDA tensors, a daemon thread for each queue runs what is submitted, in the order of
+submission. On NCCL no Python thread issues work: what is submitted is enqueued at once, on a side stream for each queue.
 
 The first failure poisons a communicator for good. A collective that one rank missed would let its peers pair later ones up
 wrongly and train on with wrong gradients, so nothing more is issued, everything pending and later fails with it, and the
@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_accel.background.comm_queue import Lane, LaneGroups, Stage, end_threads, on_stream
-from lightning_accel.background.failure import GRACE_SECONDS, POLL_SECONDS, CommunicationError, Watched
+from lightning_accel.background.comm_queue import CommQueue, QueueGroups, Stage, end_threads, on_stream
+from lightning_accel.background.failure import GRACE_SECONDS, POLL_SECONDS, CommunicationError, DeviceCollective
 from lightning_accel.background.statistics import Statistics
 from lightning_accel.transport.group import Group, backend_of
 from lightning_accel.transport.tcp_keepalive import open_sockets, watch_connections
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
-class _Task:
+class PendingWork:
     """One tensor's communication: `future` delivers the tensor once it is overwritten, or as it is after a failure."""
 
     def __init__(self, label: str, tensor: torch.Tensor) -> None:
@@ -49,12 +49,13 @@ class _Task:
         )
 
     def deliver(self) -> torch.futures.Future[torch.Tensor]:
+        """Completes the future."""
         self.future.set_result(self.tensor)
         return self.future
 
 
 class Communicator:
-    """Runs one replica's communication. Collective: all ranks of `process_group` make it, open lanes, and submit alike.
+    """Runs one replica's communication. Collective: all ranks of `process_group` make it, open queues, and submit alike.
 
     Args:
         name: the algorithm's, for messages.
@@ -82,16 +83,16 @@ class Communicator:
         self.rank = dist.get_rank(parent)
         self.world_size = dist.get_world_size(parent)
         self._uses_threads = device.type == "cpu" or backend_of(parent, device) == "gloo"
-        self._lanes: list[Lane] = []
+        self._queues: list[CommQueue] = []
         self._owned: list[dist.ProcessGroup] = []
-        self._watched: list[Watched] = []
+        self._watched: list[DeviceCollective] = []
 
         self._full_precision_bytes = 0
         self._communication_seconds = 0.0
         self._exposed_seconds = 0.0
 
         self._changed = threading.Condition()
-        self._pending: list[_Task] = []
+        self._pending: list[PendingWork] = []
         self._running: list[str] = []
         self._failure: CommunicationError | None = None
         self._is_closed = False
@@ -99,11 +100,11 @@ class Communicator:
         if self._uses_threads:
             self._close_at_exit()
         # One that is dropped without being closed leaves no thread.
-        weakref.finalize(self, end_threads, self._lanes).atexit = False
+        weakref.finalize(self, end_threads, self._queues).atexit = False
         self._abandoning: threading.Thread | None = None
 
-    def open_lane(self, groups: LaneGroups, backend: str | None = None) -> Lane:
-        """Makes a lane with a group of all ranks, with groups of this node and of its peers, or with none. Collective.
+    def open_queue(self, groups: QueueGroups, backend: str | None = None) -> CommQueue:
+        """Makes a queue with a group of all ranks, with groups of this node and of its peers, or with none. Collective.
 
         Args:
             groups: which.
@@ -113,18 +114,18 @@ class Communicator:
         if groups == "all":
             parts["all"] = [tuple(range(self.world_size))]
         elif groups == "nodes":
-            parts["node"] = self.topology.nodes
-            parts["peers"] = list(zip(*self.topology.nodes, strict=True))
+            parts["intra_node"] = self.topology.nodes
+            parts["inter_node"] = list(zip(*self.topology.nodes, strict=True))
         made = {name: self._new_group(part, backend) for name, part in parts.items()}
-        lane = Lane(f"{self.name} {len(self._lanes)}", made, self._device)
-        self._lanes.append(lane)
-        return lane
+        queue = CommQueue(f"{self.name} {len(self._queues)}", made, self._device)
+        self._queues.append(queue)
+        return queue
 
     @property
     def statistics(self) -> Statistics:
         """Counters since the start."""
         return Statistics(
-            sent_bytes=sum(group.sent_bytes for lane in self._lanes for group in lane.groups.values()),
+            sent_bytes=sum(group.sent_bytes for queue in self._queues for group in queue.groups.values()),
             full_precision_bytes=self._full_precision_bytes,
             communication_seconds=self._communication_seconds,
             exposed_seconds=self._exposed_seconds,
@@ -138,41 +139,41 @@ class Communicator:
         Args:
             label: what this is, for messages, such as "bucket 3".
             tensor: what the future delivers; where communication failed, with its local value, and `wait` raises.
-            stages: procedures, each with its lane; they start messages in groups of that lane only.
+            stages: procedures, each with its queue; they start messages in groups of that queue only.
             first_waits: whether the first one waits for other ranks. One that does not may run here and now.
             is_gradient: whether an uncompressed all_reduce of `tensor` is what `full_precision_bytes` counts.
         """
         if is_gradient:
             self._full_precision_bytes += self._ring_bytes(tensor)
-        task = _Task(label, tensor)
+        work = PendingWork(label, tensor)
         is_idle = not self._pending
-        if not self._begin(task):
-            return task.deliver()
+        if not self._begin(work):
+            return work.deliver()
         if is_idle and not first_waits and tensor.device.type == "cpu":
             # The network waits for this message, and on busy cores a thread takes milliseconds to wake up beside backward.
-            self._run_stage(task, stages, None)
-            return task.future
+            self._run_stage(work, stages, None)
+            return work.future
         ready = torch.cuda.current_stream(self._device).record_event() if tensor.is_cuda else None
-        self._run_stages(task, stages, ready)
-        return task.future
+        self._run_stages(work, stages, ready)
+        return work.future
 
-    def all_reduce(self, label: str, tensor: torch.Tensor, lane: Lane) -> torch.futures.Future[torch.Tensor]:
+    def all_reduce(self, label: str, tensor: torch.Tensor, queue: CommQueue) -> torch.futures.Future[torch.Tensor]:
         """Sums `tensor` over all ranks in the background, by the backend's own all_reduce: no thread of ours between.
 
-        But where gloo carries CUDA tensors the lane's thread waits for it: gloo's future completes while the sum is still being
+        But where gloo carries CUDA tensors the queue's thread waits for it: gloo's future completes while the sum is still being
         copied to the GPU, and does not say which stream waits for the copy. Arguments and failures as in `submit`.
         """
-        lane.group.sent_bytes += self._ring_bytes(tensor)
+        queue.group.sent_bytes += self._ring_bytes(tensor)
         if tensor.is_cuda and self._uses_threads:
 
             def reduce() -> None:
-                _start_all_reduce(tensor, lane).wait()  # lets the lane's stream wait for the copy
+                _start_all_reduce(tensor, queue).wait()  # lets the queue's stream wait for the copy
 
-            return self.submit(label, tensor, (lane, reduce))
+            return self.submit(label, tensor, (queue, reduce))
         self._full_precision_bytes += self._ring_bytes(tensor)
-        task = _Task(label, tensor)
-        if not self._begin(task):
-            return task.deliver()
+        work = PendingWork(label, tensor)
+        if not self._begin(work):
+            return work.deliver()
         started = time.perf_counter()
 
         def finish(done: torch.futures.Future[list[torch.Tensor]]) -> None:
@@ -181,29 +182,29 @@ class Communicator:
             except Exception as error:
                 self._fail(error, label)
             self.count_seconds(started)
-            self._finish(task)
+            self._finish(work)
 
         try:
-            _start_all_reduce(tensor, lane).get_future().add_done_callback(finish)
+            _start_all_reduce(tensor, queue).get_future().add_done_callback(finish)
         except Exception as error:
             self._fail(error, label)
-        return task.future
+        return work.future
 
     def count_full_precision(self, tensors: Sequence[torch.Tensor]) -> None:
         """Counts what an uncompressed all_reduce of their gradients sends: once a round, by algorithms that send weights."""
         self._full_precision_bytes += sum(self._ring_bytes(tensor) for tensor in tensors)
 
-    def run(self, label: str, procedure: Callable[[], None], lane: Lane) -> None:
-        """Lets a lane's thread run a procedure that takes as long as it likes: `join` waits for it, `wait` does not.
+    def run(self, label: str, procedure: Callable[[], None], queue: CommQueue) -> None:
+        """Lets a queue's thread run a procedure that takes as long as it likes: `join` waits for it, `wait` does not.
 
-        For communication that runs by itself. A thread runs it on every backend, so the lane's groups must be gloo's. If it
+        For communication that runs by itself. A thread runs it on every backend, so the queue's groups must be gloo's. If it
         raises, communication has failed; closing the communicator while it runs is a failure too, here and on other ranks.
 
         Args:
             label: what this is, for messages.
             procedure: communicates by `all_reduce_now`, and sleeps for short times only: to end in time it must notice that
                 communication has failed (`check`).
-            lane: nothing else may use it meanwhile.
+            queue: nothing else may use it meanwhile.
         """
         with self._changed:
             if self._failure is not None:
@@ -224,13 +225,13 @@ class Communicator:
                     self._running.remove(label)
                     self._changed.notify_all()
 
-        lane.enqueue(run)
+        queue.enqueue(run)
 
-    def all_reduce_now(self, tensor: torch.Tensor, lane: Lane) -> None:
+    def all_reduce_now(self, tensor: torch.Tensor, queue: CommQueue) -> None:
         """Sums `tensor`, on the CPU, over all ranks, and returns when it is done; for procedures that `run` has started."""
-        lane.group.sent_bytes += self._ring_bytes(tensor)
+        queue.group.sent_bytes += self._ring_bytes(tensor)
         started = time.perf_counter()
-        _start_all_reduce(tensor, lane).get_future().wait()
+        _start_all_reduce(tensor, queue).get_future().wait()
         self.count_seconds(started)
 
     def count_seconds(self, started: float) -> None:
@@ -279,7 +280,7 @@ class Communicator:
         self._exposed_seconds += time.perf_counter() - started
         self.check()
 
-    def watch(self, watched: Watched) -> None:
+    def watch(self, watched: DeviceCollective) -> None:
         """Looks at it in each `check` from now on, and ends it with everything else."""
         self._watched.append(watched)
 
@@ -308,7 +309,7 @@ class Communicator:
     def fail(self, error: BaseException, label: str, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         """Poisons the communicator with an error of the caller's, and returns a completed future of `tensor`."""
         self._fail(error, label)
-        return _Task(label, tensor).deliver()
+        return PendingWork(label, tensor).deliver()
 
     def close(self) -> None:
         """Ends the threads and gives the groups back; waits a bounded time, and never raises.
@@ -318,10 +319,10 @@ class Communicator:
         """
         with self._changed:
             self._is_closed = True
-            unfinished = [task.label for task in self._pending] + self._running
+            unfinished = [work.label for work in self._pending] + self._running
         for label in unfinished[:1]:
             self._fail(RuntimeError("communication was closed before it was done"), label)
-        ended = [lane.close() for lane in self._lanes]
+        ended = [queue.close() for queue in self._queues]
         if not all(ended):
             _log.warning("communication of %s did not end within %.0f s; a thread is left", self.name, GRACE_SECONDS)
         elif self._abandoning is None:
@@ -370,51 +371,51 @@ class Communicator:
     def _ring_bytes(self, tensor: torch.Tensor) -> int:
         return 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
 
-    def _begin(self, task: _Task) -> bool:
-        """Notes a task as pending; False when communication has failed and nothing more may be issued."""
+    def _begin(self, work: PendingWork) -> bool:
+        """Notes a work as pending; False when communication has failed and nothing more may be issued."""
         with self._changed:
             if self._failure is None:
-                self._check_open(task.label)
-                self._pending.append(task)
+                self._check_open(work.label)
+                self._pending.append(work)
             return self._failure is None
 
     def _check_open(self, label: str) -> None:
         if self._is_closed:  # a thread started now would stay
             raise RuntimeError(f"{self.name}: {label} was started after communication was closed")
 
-    def _run_stages(self, task: _Task, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
-        """Passes a task on to its next stage, or delivers it; on a GPU, `ready` says when the stage before has written."""
+    def _run_stages(self, work: PendingWork, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
+        """Passes a work on to its next stage, or delivers it; on a GPU, `ready` says when the stage before has written."""
         if not stages:
-            self._finish(task)
+            self._finish(work)
         elif self._uses_threads:
-            stages[0][0].enqueue(partial(self._run_stage, task, stages, ready))
+            stages[0][0].enqueue(partial(self._run_stage, work, stages, ready))
         else:
-            self._run_stage(task, stages, ready)
+            self._run_stage(work, stages, ready)
 
-    def _run_stage(self, task: _Task, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
-        lane, procedure = stages[0]
+    def _run_stage(self, work: PendingWork, stages: tuple[Stage, ...], ready: torch.cuda.Event | None) -> None:
+        queue, procedure = stages[0]
         if self._failure is not None:
             return  # delivered already
         started = time.perf_counter()
         try:
-            with on_stream(lane, task.tensor, ready) as written:
+            with on_stream(queue, work.tensor, ready) as written:
                 procedure()
                 self.count_seconds(started)
-                # Still on the lane's stream: delivering records an event there, for whoever takes the result.
-                self._run_stages(task, stages[1:], written())
+                # Still on the queue's stream: delivering records an event there, for whoever takes the result.
+                self._run_stages(work, stages[1:], written())
         except BaseException as error:
-            self._fail(error, task.label)
+            self._fail(error, work.label)
             if not isinstance(error, Exception):
                 raise
 
-    def _finish(self, task: _Task) -> None:
-        """Delivers a task, unless a failure has delivered it before."""
+    def _finish(self, work: PendingWork) -> None:
+        """Delivers a work, unless a failure has delivered it before."""
         with self._changed:
-            if task not in self._pending:
+            if work not in self._pending:
                 return
-            self._pending.remove(task)
+            self._pending.remove(work)
             self._changed.notify_all()
-        task.deliver()
+        work.deliver()
 
     def _fail(self, error: BaseException, label: str) -> None:
         with self._changed:
@@ -429,19 +430,19 @@ class Communicator:
                 traceback.clear_frames(error.__traceback__)
                 for watched in self._watched:  # first: closing what waits on a GPU takes as long as it waits
                     watched.abort()
-                # Closing connections makes peers that wait for this rank fail now, and this rank's other lanes. On a thread of
+                # Closing connections makes peers that wait for this rank fail now, and this rank's other queues. On a thread of
                 # its own: it waits for the backend's threads, and this may be one of them.
                 self._abandoning = threading.Thread(target=self._abort_groups, name="lightning_accel abandon", daemon=True)
                 with contextlib.suppress(RuntimeError):  # an interpreter that ends starts no threads, and closes anyway
                     self._abandoning.start()
             pending, self._pending = self._pending, []
             self._changed.notify_all()
-        for task in pending:
-            task.deliver()
+        for work in pending:
+            work.deliver()
 
     def _abort_groups(self) -> None:
-        for lane in self._lanes:
-            for group in lane.groups.values():
+        for queue in self._queues:
+            for group in queue.groups.values():
                 group.abort()
         self._destroy_groups()
 
@@ -451,8 +452,8 @@ class Communicator:
                 self._watched.pop().close()
         # Nothing may keep the groups from here on. Connections close with the last reference; and one dropped by a callback,
         # on a thread of the group itself, would wait for that thread.
-        for lane in self._lanes:
-            for group in lane.groups.values():
+        for queue in self._queues:
+            for group in queue.groups.values():
                 group.process_group = None
         while self._owned:
             process_group = self._owned.pop()
@@ -477,8 +478,8 @@ def _close_all() -> None:
             communicator.close()
 
 
-def _start_all_reduce(tensor: torch.Tensor, lane: Lane) -> dist.Work:
-    process_group = lane.group.process_group
+def _start_all_reduce(tensor: torch.Tensor, queue: CommQueue) -> dist.Work:
+    process_group = queue.group.process_group
     assert process_group is not None, "the group was closed"  # None would be torch's default group
     work: dist.Work | None = dist.all_reduce(tensor, group=process_group, async_op=True)
     assert work is not None

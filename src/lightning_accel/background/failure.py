@@ -19,7 +19,7 @@ class CommunicationError(RuntimeError):
     """
 
 
-class Watched(Protocol):
+class DeviceCollective(Protocol):
     """Communication that enqueues itself on a GPU, where no call of ours hears of its failure."""
 
     def check(self) -> None:

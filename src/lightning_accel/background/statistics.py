@@ -13,7 +13,7 @@ class Statistics:
         sent_bytes: bytes sent to other ranks.
         full_precision_bytes: bytes that an uncompressed ring all_reduce of the same tensors sends; where weights travel, of
             the gradients of every round.
-        communication_seconds: spent in communication, most of it beside backward; lanes that overlap count each.
+        communication_seconds: spent in communication, most of it beside backward; queues that overlap count each.
         exposed_seconds: the training thread's share: it waited.
     """
 

@@ -41,8 +41,8 @@ class HierarchicalPlan:
         layout: Layout,
         share: Layout,
         places: Sequence[tuple[int, int]],
-        node: Group,
-        peers: Group,
+        intra_node: Group,
+        inter_node: Group,
     ) -> HierarchicalPlan:
         """Plans a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor.
 
@@ -57,20 +57,24 @@ class HierarchicalPlan:
             share_numel += share.numels[parameter]
         value_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Nothing is quantised where nothing leaves the node.
-        between_codec = codec if peers.world_size > 1 else "none"
+        between_codec = codec if inter_node.world_size > 1 else "none"
         return cls(
-            inside=TwoShotPlan.build("none", dtype, pieces_of(layout, places), node.world_size, node.rank, scatter=True),
+            inside=TwoShotPlan.build(
+                "none", dtype, pieces_of(layout, places), intra_node.world_size, intra_node.rank, scatter=True
+            ),
             share=Plan("none", dtype, starts, [share.numels[parameter] for parameter, _ in places]),
             share_numel=share_numel,
-            between=TwoShotPlan.build(between_codec, value_dtype, pieces_of(share, share_places), peers.world_size, peers.rank),
+            between=TwoShotPlan.build(
+                between_codec, value_dtype, pieces_of(share, share_places), inter_node.world_size, inter_node.rank
+            ),
         )
 
 
 def hierarchical_all_reduce(
     tensor: torch.Tensor,
     plan: HierarchicalPlan,
-    node: Group,
-    peers: Group,
+    intra_node: Group,
+    inter_node: Group,
     scratch: Scratch,
     *,
     divisor: float,
@@ -86,23 +90,25 @@ def hierarchical_all_reduce(
     Args:
         tensor: one-dimensional, of the plan's dtype; overwritten.
         plan: from the same layout on all ranks.
-        node: ranks of this node.
-        peers: ranks of equal local rank, in the order of nodes.
+        intra_node: ranks of this node.
+        inter_node: ranks of equal local rank, in the order of nodes.
         scratch: reused.
         divisor: the number of all ranks for a mean, 1 for a sum.
         feedback: what codes between nodes have lost, on this rank; None for no error feedback.
     """
     scratches = Scratch(), scratch, scratch
-    for step in hierarchical_all_reduce_steps(tensor, plan, node, peers, node, *scratches, divisor=divisor, feedback=feedback):
+    for step in hierarchical_all_reduce_steps(
+        tensor, plan, intra_node, inter_node, intra_node, *scratches, divisor=divisor, feedback=feedback
+    ):
         step()
 
 
 def hierarchical_all_reduce_steps(
     tensor: torch.Tensor,
     plan: HierarchicalPlan,
-    node: Group,
-    peers: Group,
-    second_node: Group,
+    intra_node: Group,
+    inter_node: Group,
+    second_intra_node: Group,
     kept: Scratch,
     first: Scratch,
     second: Scratch,
@@ -115,9 +121,9 @@ def hierarchical_all_reduce_steps(
     Args:
         tensor: overwritten by the second one.
         plan: from the same layout on all ranks.
-        node: ranks of this node; carries the messages of step 1.
-        peers: ranks of equal local rank, in the order of nodes.
-        second_node: the ranks of `node`; carries the messages of step 4.
+        intra_node: ranks of this node; carries the messages of step 1.
+        inter_node: ranks of equal local rank, in the order of nodes.
+        second_intra_node: the ranks of `intra_node`; carries the messages of step 4.
         kept: of this tensor: its share and the share's code.
         first: for the first step alone, of several tensors in turn.
         second: for the second.
@@ -126,16 +132,16 @@ def hierarchical_all_reduce_steps(
     """
     device, inside, stride_bytes = tensor.device, plan.inside, plan.inside.stride_bytes
     share = kept.values("share", plan.share_numel, plan.share.value_dtype, device)
-    steps = compressed_all_reduce_steps(share, plan.between, peers, peers, kept, divisor=divisor, feedback=feedback)
+    steps = compressed_all_reduce_steps(share, plan.between, inter_node, inter_node, kept, divisor=divisor, feedback=feedback)
     *before, last = steps
 
     def sum_up() -> None:
-        sent = first.bytes("node sent", node.world_size * stride_bytes, device)
-        received = first.bytes("node received", node.world_size * stride_bytes, device)
+        sent = first.bytes("node sent", intra_node.world_size * stride_bytes, device)
+        received = first.bytes("node received", intra_node.world_size * stride_bytes, device)
         operations.encode(inside.everything, tensor, sent)
-        node.all_to_all(received, sent, first)()  # (1)
+        intra_node.all_to_all(received, sent, first)()  # (1)
         share.zero_()
-        for k in range(node.world_size):
+        for k in range(intra_node.world_size):
             operations.decode_accumulate(plan.share, received[k * stride_bytes :], share)  # (2)
         for step in before:  # (3)
             step()
@@ -144,10 +150,10 @@ def hierarchical_all_reduce_steps(
         last()
         rounded = second.values("rounded share", plan.share_numel, tensor.dtype, device)
         rounded.copy_(share)
-        gathered = second.bytes("node gathered", second_node.world_size * stride_bytes, device)
-        message = gathered[second_node.rank * stride_bytes :][:stride_bytes]
+        gathered = second.bytes("node gathered", second_intra_node.world_size * stride_bytes, device)
+        message = gathered[second_intra_node.rank * stride_bytes :][:stride_bytes]
         operations.encode(plan.share, rounded, message)
-        second_node.all_gather(gathered, message, second)()  # (4)
+        second_intra_node.all_gather(gathered, message, second)()  # (4)
         operations.decode(inside.everything, gathered, tensor)
 
     return [sum_up, gather]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_accel.compression.block_layout import Layout, Run
+from lightning_accel.compression.block_layout import Layout, OwnedSpan
 from lightning_accel.compression.plan import Plan
 
 
@@ -17,16 +17,16 @@ class Piece:
 
     Attributes:
         tensor_offset: its first element in the tensor.
-        run: what it is; its owner sums it.
+        span: what it is; its owner sums it.
     """
 
     tensor_offset: int
-    run: Run
+    span: OwnedSpan
 
 
 def pieces_of(layout: Layout, places: Sequence[tuple[int, int]]) -> list[Piece]:
     """Pieces of a tensor that holds parameters: pairs of a place in the layout and the first element in the tensor."""
-    return [Piece(offset + run.start, run) for parameter, offset in places for run in layout.runs(parameter)]
+    return [Piece(offset + span.start, span) for parameter, offset in places for span in layout.spans(parameter)]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class TwoShotPlan:
         Up to two ranks, each sums all pieces, unless `scatter` asks for shares.
         """
         if world_size <= 2 and not scatter:
-            whole = _plan(codec, dtype, pieces, [piece.run.place for piece in pieces])
+            whole = _plan(codec, dtype, pieces, [piece.span.place for piece in pieces])
             return cls(whole, whole, whole.wire_bytes, is_whole=True)
-        by_owner = [[piece for piece in pieces if piece.run.owner == owner] for owner in range(world_size)]
-        messages = [_plan(codec, dtype, part, [piece.run.owned_place for piece in part]) for part in by_owner]
+        by_owner = [[piece for piece in pieces if piece.span.owner == owner] for owner in range(world_size)]
+        messages = [_plan(codec, dtype, part, [piece.span.owned_place for piece in part]) for part in by_owner]
         stride_bytes = max(message.wire_bytes for message in messages)
         in_order = [piece for part in by_owner for piece in part]
         wire_offsets = [k * stride_bytes + offset for k, message in enumerate(messages) for offset in message.wire_offsets]
-        everything = _plan(codec, dtype, in_order, [piece.run.place for piece in in_order], wire_offsets)
+        everything = _plan(codec, dtype, in_order, [piece.span.place for piece in in_order], wire_offsets)
         return cls(everything, messages[rank], stride_bytes, is_whole=False)
 
 
@@ -72,4 +72,4 @@ def _plan(
     codec: str, dtype: torch.dtype, pieces: Sequence[Piece], residual_offsets: list[int], wire_offsets: list[int] | None = None
 ) -> Plan:
     tensor_offsets = [piece.tensor_offset for piece in pieces]
-    return Plan(codec, dtype, tensor_offsets, [piece.run.numel for piece in pieces], wire_offsets, residual_offsets)
+    return Plan(codec, dtype, tensor_offsets, [piece.span.numel for piece in pieces], wire_offsets, residual_offsets)

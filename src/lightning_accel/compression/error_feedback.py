@@ -106,8 +106,8 @@ class Feedback:
     """Residuals of a two-shot all_reduce.
 
     Attributes:
-        worker: of what this rank sends, by `Run.place`.
-        server: of the sums that this rank makes, by `Run.owned_place`, or `Run.place` where each rank sums all.
+        worker: of what this rank sends, by `OwnedSpan.place`.
+        server: of the sums that this rank makes, by `OwnedSpan.owned_place`, or `OwnedSpan.place` where each rank sums all.
     """
 
     worker: Residuals

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
 
-class DivertedGroup(dist.ProcessGroup):
+class AllReduceInterceptor(dist.ProcessGroup):
     """A process group as DDP's reducer uses it, whose all_reduces of gradients are handed to a function.
 
     With a communication hook DDP leaves the division by the number of ranks to the hook, one more pass over memory; without

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket, Parameters
 from lightning_accel.background.communicator import Communicator
 from lightning_accel.background.statistics import Statistics
-from lightning_accel.data_parallel.ddp_process_group import DivertedGroup
+from lightning_accel.data_parallel.ddp_process_group import AllReduceInterceptor
 from lightning_accel.transport.topology import discover
 
 
@@ -221,7 +221,7 @@ class Replica:
             assert attached is not None
             return attached._all_reduce(divided)
 
-        self._diverted_group = DivertedGroup(ddp.process_group, all_reduce)
+        self._diverted_group = AllReduceInterceptor(ddp.process_group, all_reduce)
         ddp.reducer._update_process_group(self._diverted_group)
         # The reducer holds the group's C++ half only; the Python half must not go before it.
         end_diversion = weakref.finalize(self, ddp.reducer._update_process_group, ddp.process_group)

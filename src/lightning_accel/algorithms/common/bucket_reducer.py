@@ -11,7 +11,7 @@ import torch
 
 from lightning_accel import environment
 from lightning_accel.algorithms.base import Context, GradBucket
-from lightning_accel.background.comm_queue import LaneGroups
+from lightning_accel.background.comm_queue import QueueGroups
 from lightning_accel.collectives.hierarchical import HierarchicalPlan, hierarchical_all_reduce_steps
 from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
 from lightning_accel.collectives.shared_memory import PeerMemory, open_peer_memory
@@ -64,23 +64,23 @@ class BucketPlans:
                 )
         topology, world_size = context.communicator.topology, context.communicator.world_size
         if hierarchical:
-            of_lanes: list[LaneGroups] = ["nodes", "nodes"]
+            of_queues: list[QueueGroups] = ["nodes", "nodes"]
         else:
             # A step starts the message that the next one waits for. Two ranks have enough of one message.
-            of_lanes = ["all", "none"] if world_size <= 2 else ["all", "all", "none"]
-        self._lanes = [context.communicator.open_lane(groups) for groups in of_lanes]
+            of_queues = ["all", "none"] if world_size <= 2 else ["all", "all", "none"]
+        self._queues = [context.communicator.open_queue(groups) for groups in of_queues]
         owners = len(topology.nodes[0]) if hierarchical else world_size
         self._layout = Layout([tensor.numel() for tensor in context.parameters.tensors], owners)
         # What is coded, and among which ranks: everything, or between nodes this rank's share.
-        self._coded, coders = self._layout, self._lanes[0].peers if hierarchical else self._lanes[0].group
+        self._coded, coders = self._layout, self._queues[0].inter_node if hierarchical else self._queues[0].group
         if hierarchical:
-            self._coded = self._layout.share(self._lanes[0].node.rank, coders.world_size)
+            self._coded = self._layout.share(self._queues[0].intra_node.rank, coders.world_size)
         self._coders = coders
         self._device = context.parameters.tensors[0].device
         self._peers: PeerMemory | None = None
         if environment.wants_peer_memory() and not hierarchical and world_size > 1:
             self._peers = self._open_peer_memory()
-            self._lanes = self._lanes[:1] if self._peers is not None else self._lanes
+            self._queues = self._queues[:1] if self._peers is not None else self._queues
         self._feedback: ErrorFeedback | None = None
         if error_feedback:
             self.keep_residuals()
@@ -106,7 +106,7 @@ class BucketPlans:
         steps = self._steps(gradients, known, divisor)
         if before is not None:
             steps[0] = _one_after_the_other(before, steps[0])
-        return self._communicator.submit(label, gradients, *zip(self._lanes, steps, strict=True), first_waits=self._hierarchical)
+        return self._communicator.submit(label, gradients, *zip(self._queues, steps, strict=True), first_waits=self._hierarchical)
 
     def keep_residuals(self) -> None:
         """Turns error feedback on, where anything is quantised."""
@@ -131,7 +131,7 @@ class BucketPlans:
             self._feedback.commit([ranges for place in places for ranges in self._residual_ranges(place)])
 
     def _open_peer_memory(self) -> PeerMemory | None:
-        group, communicator = self._lanes[0].group, self._communicator
+        group, communicator = self._queues[0].group, self._communicator
         dtypes = {tensor.dtype for tensor in self._parameters if tensor.requires_grad}
         plans = []
         for dtype in sorted(dtypes, key=str):  # as large as a bucket can get: DDP's first one may hold all of a dtype
@@ -146,12 +146,12 @@ class BucketPlans:
     def _residual_ranges(self, parameter: int) -> Iterator[tuple[str, int, int]]:
         """Where a parameter's residuals are: the kind, the first one, how many."""
         coders = self._coders
-        for run in self._coded.runs(parameter):
-            yield "worker", run.place, run.numel
+        for span in self._coded.spans(parameter):
+            yield "worker", span.place, span.numel
             if coders.world_size <= 2:
-                yield "server", run.place, run.numel
-            elif run.owner == coders.rank:
-                yield "server", run.owned_place, run.numel
+                yield "server", span.place, span.numel
+            elif span.owner == coders.rank:
+                yield "server", span.owned_place, span.numel
 
     def rank_state_dict(self) -> dict[str, Any]:
         """This rank's residuals, if there are any."""
@@ -167,9 +167,11 @@ class BucketPlans:
             self._feedback.load_state_dict(state)
 
     def _plan(self, places: list[tuple[int, int]], dtype: torch.dtype) -> TwoShotPlan | HierarchicalPlan:
-        first = self._lanes[0]
+        first = self._queues[0]
         if self._hierarchical:
-            return HierarchicalPlan.build(self._codec, dtype, self._layout, self._coded, places, first.node, first.peers)
+            return HierarchicalPlan.build(
+                self._codec, dtype, self._layout, self._coded, places, first.intra_node, first.inter_node
+            )
         group = first.group
         return TwoShotPlan.build(self._codec, dtype, pieces_of(self._layout, places), group.world_size, group.rank)
 
@@ -179,11 +181,11 @@ class BucketPlans:
         if self._peers is not None:
             assert isinstance(plan, TwoShotPlan)
             return [partial(self._peers.all_reduce, gradients, plan, divisor=divisor, feedback=feedback)]
-        first, second = self._lanes[:2]
+        first, second = self._queues[:2]
         if isinstance(plan, TwoShotPlan):
             groups = first.group, first.group if plan.is_whole else second.group
             return compressed_all_reduce_steps(gradients, plan, *groups, bucket.kept, divisor=divisor, feedback=feedback)
-        groups_and_scratch = first.node, first.peers, second.node, bucket.kept, first.scratch, second.scratch
+        groups_and_scratch = first.intra_node, first.inter_node, second.intra_node, bucket.kept, first.scratch, second.scratch
         return hierarchical_all_reduce_steps(gradients, plan, *groups_and_scratch, divisor=divisor, feedback=feedback)
 
     def _forget(self) -> None:
@@ -191,8 +193,8 @@ class BucketPlans:
 
         Its first backward has one bucket with everything. Called at a backward's first bucket, when nothing is pending.
         """
-        streams = [lane.stream for lane in self._lanes if lane.stream is not None]
-        for scratch in [*(bucket.kept for bucket in self._buckets.values()), *(lane.scratch for lane in self._lanes)]:
+        streams = [queue.stream for queue in self._queues if queue.stream is not None]
+        for scratch in [*(bucket.kept for bucket in self._buckets.values()), *(queue.scratch for queue in self._queues)]:
             scratch.clear(streams)
         self._buckets.clear()
 

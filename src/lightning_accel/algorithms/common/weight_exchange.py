@@ -46,11 +46,11 @@ class WeightExchange(BoundAlgorithm):
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"weights must be {', '.join(str(d) for d in DTYPES)}: parameter {name!r} is {tensor.dtype}")
         if communicator.topology.use_hierarchy(hierarchical):
-            self._lane = communicator.open_lane("nodes")
-            self.node, self.peers = self._lane.node, self._lane.peers
+            self._queue = communicator.open_queue("nodes")
+            self.intra_node, self.inter_node = self._queue.intra_node, self._queue.inter_node
         else:
-            self._lane = communicator.open_lane("all")
-            self.node, self.peers = Group(None), self._lane.group
+            self._queue = communicator.open_queue("all")
+            self.intra_node, self.inter_node = Group(None), self._queue.group
         self.rounds = 0
         """Rounds finished so far."""
         self.weights = FlatWeights(list(trainable.values()), widen=widen)
@@ -61,7 +61,7 @@ class WeightExchange(BoundAlgorithm):
         ddp.broadcast_buffers = False
 
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
-        """Overwrites this rank's share of a buffer by what it becomes with `peers`, two or more. Runs in the background."""
+        """Overwrites this rank's share of a buffer by what it becomes with `inter_node`, two or more. Runs in the background."""
         raise NotImplementedError
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -86,10 +86,10 @@ class WeightExchange(BoundAlgorithm):
 
         def procedure(index: int, buffer: torch.Tensor) -> Callable[[], None]:
             def exchange(share: torch.Tensor) -> None:
-                if self.peers.world_size > 1:
-                    self.exchange(index, share, self._lane.scratch)
+                if self.inter_node.world_size > 1:
+                    self.exchange(index, share, self._queue.scratch)
 
-            return lambda: weight_means.mean(buffer, self.node, self._lane.scratch, exchange)
+            return lambda: weight_means.mean(buffer, self.intra_node, self._queue.scratch, exchange)
 
         label = f"exchange of round {self.rounds}"
         self._exchanged = [self._submit(label, buffer, procedure(i, buffer)) for i, buffer in enumerate(self.buffers)]
@@ -125,7 +125,7 @@ class WeightExchange(BoundAlgorithm):
         self._wait()
         for flat, targets, _ in exchanged:
             flat.scatter(targets)
-        self._lane.scratch.clear()  # a mean needs more of it than messages do
+        self._queue.scratch.clear()  # a mean needs more of it than messages do
 
     def state_dict(self) -> dict[str, Any]:
         """The counter; weights are the model's, and equal on all ranks when they are saved."""
@@ -136,18 +136,20 @@ class WeightExchange(BoundAlgorithm):
         self.rounds = int(state["rounds"])
 
     def _mean(self, buffer: torch.Tensor) -> Callable[[], None]:
-        scratch = self._lane.scratch
-        return lambda: weight_means.mean(buffer, self.node, scratch, lambda share: weight_means.mean(share, self.peers, scratch))
+        scratch = self._queue.scratch
+        return lambda: weight_means.mean(
+            buffer, self.intra_node, scratch, lambda share: weight_means.mean(share, self.inter_node, scratch)
+        )
 
     def _broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         def procedure() -> None:
-            for group in (self.peers, self.node):
+            for group in (self.inter_node, self.intra_node):
                 group.broadcast(buffer.view(torch.uint8))
 
         return procedure
 
     def _submit(self, label: str, buffer: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
-        return self.communicator.submit(label, buffer, (self._lane, procedure), is_gradient=False)
+        return self.communicator.submit(label, buffer, (self._queue, procedure), is_gradient=False)
 
     def _wait(self) -> None:
         """Waits for what was started; what follows comes after, on a GPU's current stream too."""

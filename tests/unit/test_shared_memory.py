@@ -1,6 +1,6 @@
 """All_reduces over shared memory, as far as they need no GPU: what is refused, and that ranks without one use messages.
 
-native/tests/test_peers_emulated.cpp has what the kernel computes, tests/cuda/test_peer_memory_cuda.py the whole.
+native/tests/test_peers_emulated.cpp has what the kernel computes, tests/cuda/test_shared_memory_cuda.py the whole.
 """
 
 import logging

@@ -37,12 +37,12 @@ def test_runs_cover_each_parameter_once_in_order(owners):
         layout = Layout(sizes, owners)
         for parameter, numel in enumerate(sizes):
             end = 0
-            for run in layout.runs(parameter):
-                assert run.start == end
-                assert run.start % BLOCK_NUMEL == 0
-                assert run.numel > 0
-                assert 0 <= run.owner < owners
-                end = run.start + run.numel
+            for span in layout.spans(parameter):
+                assert span.start == end
+                assert span.start % BLOCK_NUMEL == 0
+                assert span.numel > 0
+                assert 0 <= span.owner < owners
+                end = span.start + span.numel
             assert end == numel
 
 
@@ -54,8 +54,8 @@ def test_deal_is_balanced_over_the_model_and_over_any_stretch_of_it(owners):
         layout = Layout(sizes, owners)
         counts = [[0] * owners for _ in sizes]
         for parameter in range(len(sizes)):
-            for run in layout.runs(parameter):
-                counts[parameter][run.owner] += blocks_of(run.numel)
+            for span in layout.spans(parameter):
+                counts[parameter][span.owner] += blocks_of(span.numel)
         for first in range(len(sizes)):
             for last in range(first, len(sizes)):
                 of_stretch = [sum(counts[p][owner] for p in range(first, last + 1)) for owner in range(owners)]
@@ -68,8 +68,8 @@ def test_ownership_depends_on_the_parameters_alone():
     for seed in range(30):
         sizes = random_sizes(seed)
         layout, again = Layout(sizes, 3), Layout([*sizes, 4711], 3)
-        backwards = [layout.runs(parameter) for parameter in reversed(range(len(sizes)))][::-1]
-        assert backwards == [again.runs(parameter) for parameter in range(len(sizes))]
+        backwards = [layout.spans(parameter) for parameter in reversed(range(len(sizes)))][::-1]
+        assert backwards == [again.spans(parameter) for parameter in range(len(sizes))]
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3, 7])
@@ -80,10 +80,10 @@ def test_places_are_dense_and_in_order(owners):
         layout = Layout(sizes, owners)
         end, owned_ends = 0, [0] * owners
         for parameter in range(len(sizes)):
-            for run in layout.runs(parameter):
-                assert (run.place, run.owned_place) == (end, owned_ends[run.owner])
-                end += run.numel
-                owned_ends[run.owner] += run.numel
+            for span in layout.spans(parameter):
+                assert (span.place, span.owned_place) == (end, owned_ends[span.owner])
+                end += span.numel
+                owned_ends[span.owner] += span.numel
         assert (layout.numel, layout.owned_numels) == (end, owned_ends)
 
 
@@ -95,14 +95,14 @@ def test_shares_cover_each_run_by_whole_blocks(owners, inner):
         layout = Layout(sizes, owners)
         shares = [layout.share(owner, inner) for owner in range(owners)]
         for parameter in range(len(sizes)):
-            for run in layout.runs(parameter):
+            for span in layout.spans(parameter):
                 end = 0
-                for part in shares[run.owner].runs(parameter):
+                for part in shares[span.owner].spans(parameter):
                     assert part.start == end
                     assert part.start % BLOCK_NUMEL == 0
                     assert 0 <= part.owner < inner
                     end = part.start + part.numel
-                assert end == run.numel
+                assert end == span.numel
         assert sum(share.numel for share in shares) == sum(sizes)
 
 
@@ -116,7 +116,7 @@ def test_shares_are_dealt_evenly(owners, inner):
             share = layout.share(owner, inner)
             counts = [0] * inner
             for parameter in range(len(sizes)):
-                for part in share.runs(parameter):
+                for part in share.spans(parameter):
                     counts[part.owner] += blocks_of(part.numel)
             assert max(counts) - min(counts) <= 1, counts
 
@@ -124,11 +124,11 @@ def test_shares_are_dealt_evenly(owners, inner):
 def test_deal_by_hand():
     """Pins the deal: a change of it changes the results of runs that were started before."""
     layout = Layout([512, 5 * 512 + 10, 3 * 512, 100, 0], 4)
-    assert [(run.owner, run.start, run.numel) for run in layout.runs(1)] == [
+    assert [(span.owner, span.start, span.numel) for span in layout.spans(1)] == [
         (0, 0, 512),
         (1, 512, 1024),
         (2, 1536, 1024),
         (3, 2560, 10),
     ]
-    assert [(run.owner, run.start, run.numel) for run in layout.runs(3)] == [(2, 0, 100)]
-    assert layout.runs(4) == []
+    assert [(span.owner, span.start, span.numel) for span in layout.spans(3)] == [(2, 0, 100)]
+    assert layout.spans(4) == []
