@@ -35,11 +35,6 @@ def torchrun_attempt() -> str | None:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
 
 
-def wants_peer_memory() -> bool:
-    """Whether LIGHTNING_ACCEL_PEER_MEMORY=1 asks for all_reduces over memory that GPUs of a node share (docs/design/0011)."""
-    return os.environ.get("LIGHTNING_ACCEL_PEER_MEMORY") == "1"
-
-
 @dataclass(frozen=True)
 class Environment:
     """Where this process stands among all.

@@ -220,9 +220,7 @@ def hold_memory(rank, world_size, node_name, find_unused_parameters):
         if step == 3:
             torch.empty = counting_empty
         backward(ddp, of_ranks[rank])
-        plans = replica.algorithm._plans
-        scratches = [bucket.kept for bucket in plans._buckets.values()] + [queue.scratch for queue in plans._queues]
-        held.append(sum(scratch.allocated_bytes for scratch in scratches))
+        held.append(replica.algorithm.reducer.pipeline.allocated_bytes)
     torch.empty = empty
     replica.close()
     return held, allocations

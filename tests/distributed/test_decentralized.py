@@ -430,11 +430,11 @@ def memory(rank, world_size):
             ddp(inputs_of(rank, round_)).sum().backward()
             optimizer.step()
             if round_ == 3:
-                before = sum(queue.scratch.allocated_bytes for queue in replica.communicator._queues)
+                before = sum(queue.scratch.allocated_bytes for queue in replica.communicator.queues)
                 replica.consensus()
         if isinstance(algorithm, AsyncAverage):
             replica.pause()  # its thread has averaged, or may be about to
-        after = sum(queue.scratch.allocated_bytes for queue in replica.communicator._queues)
+        after = sum(queue.scratch.allocated_bytes for queue in replica.communicator.queues)
         weights = sum(4 * parameter.numel() for parameter in ddp.parameters())
         held.append([(sum(tensor.nbytes for tensor in kept) + scratch) / weights for scratch in (before, after)])
         replica.close()

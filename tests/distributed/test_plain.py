@@ -17,6 +17,7 @@ from torch import nn
 import lightning_accel as accel
 from helpers import programs
 from helpers.ranks import own_threads, run_ranks, run_script
+from lightning_accel.background.comm_queue import Step
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 STEP = EXAMPLE.with_name("steps") / "3_torchrun_snapshots.py"
@@ -261,11 +262,11 @@ def use_closed(rank, world_size, folder):
         ddp.replica.resume()
         assert accel.unwrap(ddp) is accel.unwrap(ddp) is model
         assert not own_threads()
-        queue = ddp.replica.communicator._queues[0]
+        queue = ddp.replica.communicator.queues[0]
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.submit("late", torch.zeros(1), (queue, lambda: None))
+            ddp.replica.communicator.submit("late", torch.zeros(1), Step("late", queue, lambda: None))
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.run("late", lambda: None, queue)
+            ddp.replica.communicator.run_detached("late", lambda: None, queue)
         assert not own_threads()
 
         failed = []

@@ -213,7 +213,7 @@ class _AsyncAverage(WeightExchange):
         if not self._goes_on:
             self._due = _clock() + self._interval_seconds
         self._goes_on = False
-        self.communicator.run("averaging", partial(_meet, weakref.ref(self), self._lock), self._meetings)
+        self.communicator.run_detached("averaging", partial(_meet, weakref.ref(self), self._lock), self._meetings)
 
     def _stop(self) -> None:
         """Ends the meetings, on all ranks; from then on this thread has all to itself.
@@ -257,7 +257,9 @@ class _AsyncAverage(WeightExchange):
             is_ready = self._has_contribution and overdue_seconds >= 0 and has_new
             was_stopping = self._is_stopping
             self._flags.copy_(torch.tensor([was_stopping, self._termination_requested, is_ready]))
-        self.communicator.all_reduce_now(self._flags, self._meetings)
+        started = time.perf_counter()
+        self._meetings.group.all_reduce(self._flags).get_future().wait()
+        self.communicator.report("averaging", "meet", self._meetings, started)
         stopping, terminating, ready = self._flags.tolist()
         self.is_terminating |= terminating > 0
         is_last = stopping == self._world_size
@@ -282,7 +284,7 @@ class _AsyncAverage(WeightExchange):
             correction.sub_(contribution)
             weight_means.mean(contribution, self._meetings.group, self._meetings.scratch)
             correction.add_(contribution)
-        self.communicator.count_seconds(started)
+        self.communicator.report("averaging", "average", self._meetings, started)
         with self._lock:
             self._due = _clock() + self._interval_seconds
             self._has_correction = True

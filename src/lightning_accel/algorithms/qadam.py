@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_accel import _native
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
-from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
 from lightning_accel.algorithms.common.option_checks import check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.background.comm_queue import Step
 from lightning_accel.compression.codecs import check_codec, uses_feedback
-from lightning_accel.native import DTYPES, run_kernel
+from lightning_accel.native import DTYPES, kernels, run_kernel
 from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
 from lightning_accel.transport.topology import Hierarchical
 
@@ -73,7 +73,7 @@ class _QAdam(BoundAlgorithm):
         self._options = options
         self._queue = self.communicator.open_queue("all")
         hierarchical = self.communicator.topology.use_hierarchy(options.hierarchical)
-        self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical)
+        self._plans = BucketReducer(context, options.codec, hierarchical=hierarchical)
         self._optimizers: list[QAdam] = []
         self._owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
         # Steps that all ranks have made at least, agreed upon when they may be enough; counted in rounds in between.
@@ -107,7 +107,7 @@ class _QAdam(BoundAlgorithm):
             )
         feedback = self._options.error_feedback
         if feedback or (feedback is None and self._options.codec != "none" and not self._optimizers[0].bagua_compat):
-            self._plans.keep_residuals()
+            self._plans.pipeline.keep_residuals()
 
     def before_forward(self) -> None:
         if not self._optimizers:
@@ -151,10 +151,10 @@ class _QAdam(BoundAlgorithm):
         self._agreed_steps = None
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return self._plans.rank_state_dict()
+        return self._plans.pipeline.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        self._plans.load_rank_state_dict(state)
+        self._plans.pipeline.load_state_dict(state)
 
     @property
     def _phase(self) -> Phase:
@@ -203,7 +203,7 @@ class _QAdam(BoundAlgorithm):
         def reduce() -> None:
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._queue.group.process_group)
 
-        future = self.communicator.submit("the end of warm-up", least, (self._queue, reduce), is_gradient=False)
+        future = self.communicator.submit("the end of warm-up", least, Step("agree", self._queue, reduce), is_gradient=False)
         self.communicator.wait()
         return int(future.wait().item())
 
@@ -222,7 +222,7 @@ class _QAdam(BoundAlgorithm):
         dtype = DTYPES.index(momentum.dtype)
         for (beta1, weight_decay), of_group in tensors.items():
             # On one thread: backward has the others.
-            run_kernel(_native.qadam_fold, momentum.device, dtype, of_group, beta1, weight_decay, 1)
+            run_kernel(kernels.qadam_fold, momentum.device, dtype, of_group, beta1, weight_decay, 1)
 
     @property
     def _zeroings(self) -> int:

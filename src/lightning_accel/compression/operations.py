@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from lightning_accel import _native
 from lightning_accel.compression.error_feedback import Residuals, residual_addresses
 from lightning_accel.compression.plan import Plan
+from lightning_accel.native import kernels, run_kernel
 
 
 def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor, residuals: Residuals | None = None) -> None:
@@ -15,19 +17,19 @@ def encode(plan: Plan, tensor: torch.Tensor, wire: torch.Tensor, residuals: Resi
     Padding keeps what it held.
     """
     check_operands(tensor, plan.dtype, wire, "tensor")
-    plan._run(_native.encode, tensor.device, *_memory(tensor), *_memory(wire), *residual_addresses(residuals, wire.device))
+    _run(kernels.encode, plan, tensor.device, *_memory(tensor), *_memory(wire), *residual_addresses(residuals, wire.device))
 
 
 def decode(plan: Plan, wire: torch.Tensor, tensor: torch.Tensor) -> None:
     """Writes the value of `wire` to the plan's elements of `tensor` (`plan.dtype`)."""
     check_operands(tensor, plan.dtype, wire, "tensor")
-    plan._run(_native.decode, tensor.device, *_memory(wire), *_memory(tensor))
+    _run(kernels.decode, plan, tensor.device, *_memory(wire), *_memory(tensor))
 
 
 def decode_accumulate(plan: Plan, wire: torch.Tensor, accumulator: torch.Tensor) -> None:
     """Adds the value of `wire` to the plan's elements of `accumulator` (`plan.value_dtype`)."""
     check_operands(accumulator, plan.value_dtype, wire, "accumulator")
-    plan._run(_native.decode_accumulate, accumulator.device, *_memory(wire), *_memory(accumulator))
+    _run(kernels.decode_accumulate, plan, accumulator.device, *_memory(wire), *_memory(accumulator))
 
 
 def decode_sum_encode(
@@ -54,7 +56,11 @@ def decode_sum_encode(
     """
     check_operands(messages, torch.uint8, wire, "messages")
     of_messages = (*_memory(messages), count, stride_bytes, divisor)
-    plan._run(_native.decode_sum_encode, wire.device, *of_messages, *_memory(wire), *residual_addresses(residuals, wire.device))
+    _run(kernels.decode_sum_encode, plan, wire.device, *of_messages, *_memory(wire), *residual_addresses(residuals, wire.device))
+
+
+def _run(kernel: Callable[..., None], plan: Plan, device: torch.device, *operands: float) -> None:
+    run_kernel(kernel, device, plan.native, *operands, on_cuda=plan.segments_on(device))
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 
-from lightning_accel import _native
 from lightning_accel.compression.codecs import CODECS, check_codec
-from lightning_accel.native import DTYPES
+from lightning_accel.native import DTYPES, kernels
 
 
 class Plan:
@@ -41,7 +40,7 @@ class Plan:
             raise ValueError(f"only {', '.join(str(d) for d in DTYPES)} can be sent: got {dtype}")
         self.codec = codec
         self.dtype = dtype
-        self.native = _native.Plan(
+        self.native = kernels.Plan(
             CODECS.index(codec),
             DTYPES.index(dtype),
             tensor_offsets,
@@ -67,16 +66,10 @@ class Plan:
         """What values are summed in: float32, but float64 where codec `none` carries float64."""
         return torch.float64 if self.codec == "none" and self.dtype == torch.float64 else torch.float32
 
-    def _run(self, operation: Callable[..., None], device: torch.device, *operands: float) -> None:
-        """Calls a native operation; on CUDA with the segment table and the current stream of `device`."""
-        if device.type == "cpu":
-            operation(self.native, *operands, 0, 0)
-            return
-        with torch.cuda.device(device):
-            operation(self.native, *operands, self.segments_on(device), torch.cuda.current_stream(device).cuda_stream)
-
     def segments_on(self, device: torch.device) -> int:
-        """Address of the segment table on a CUDA device, for native operations; it lives as long as the plan."""
+        """Returns the address of the segment table on a CUDA device, which lives as long as the plan; 0 on the CPU."""
+        if device.type == "cpu":
+            return 0
         table = self._tables.get(device)
         if table is None:
             # Once a plan and device; a plan without segments still needs an address.

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.environment import Environment, detect, torchrun_attempt
-from lightning_accel.transport.group import backend_of
+from lightning_accel.transport.gloo import backend_of
 from lightning_accel.transport.tcp_keepalive import open_sockets, watch_connections
 
 if TYPE_CHECKING:

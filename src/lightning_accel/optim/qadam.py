@@ -13,8 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lightning_accel import _native
-from lightning_accel.native import DTYPES, run_kernel
+from lightning_accel.native import DTYPES, kernels, run_kernel
 
 STABLE_RATIO = 0.96
 """`warmup_steps="auto"`: how near to 1 the ratio of the variance's norms must be (1-bit Adam, section 7.1)."""
@@ -298,7 +297,7 @@ class QAdam(torch.optim.Adam):
             for (device, dtype), parameters in _by_kind(stepped):
                 tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
                 scalars = step_size, correction, group["eps"], decay
-                run_kernel(_native.qadam_step, device, DTYPES.index(dtype), tensors, *scalars, torch.get_num_threads())
+                run_kernel(kernels.qadam_step, device, DTYPES.index(dtype), tensors, *scalars, torch.get_num_threads())
 
     def _fold_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Folds gradients into momentum that no algorithm has folded: of parameters that are not in its model, or without one."""
@@ -310,7 +309,7 @@ class QAdam(torch.optim.Adam):
                 for gradient, momentum, _, address in [self._addresses(parameter)]
             ]
             scalars = group["betas"][0], decay, torch.get_num_threads()
-            run_kernel(_native.qadam_fold, device, DTYPES.index(dtype), tensors, *scalars)
+            run_kernel(kernels.qadam_fold, device, DTYPES.index(dtype), tensors, *scalars)
 
     def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
         """Of gradient, momentum, variance and parameter, which lie alike: kernels walk through memory, not through indices."""
