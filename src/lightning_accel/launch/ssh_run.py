@@ -30,8 +30,7 @@ _GRACE_SECONDS = 15.0
 
 _FAILED = 1
 
-_SSH_FAILED = 255
-"""Exit code by which ssh reports its own failures."""
+_SSH_FAILED = 255  # how ssh reports its own failures
 
 _PROBES = 4
 
@@ -100,17 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nproc-per-node", type=positive, default=1, metavar="N", help="processes on each host (default: 1)")
     parser.add_argument("--master-addr", metavar="NAME", help="rendezvous host (default: the first host's name)")
-    parser.add_argument(
-        "--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="rendezvous port (default: %(default)s)"
-    )
+    parser.add_argument("--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="its port (default: %(default)s)")
     parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="option for ssh (-o); repeatable")
     parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        type=parse_variable,
-        metavar="NAME[=VALUE]",
-        help="environment variable for the processes; repeatable",
+        "--env", action="append", default=[], type=parse_variable, metavar="NAME[=VALUE]", help="variable to set; repeatable"
     )
     parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="folder to start in on each host (default: here)")  # noqa: PTH109
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
