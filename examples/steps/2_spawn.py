@@ -22,9 +22,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def train_on(rank: int, args: argparse.Namespace) -> None:  # new: each process runs this
-    accel.init_process_group(
-        "gloo", seed=0, rank=rank, world_size=args.processes, port=args.port
-    )  # new: joins the others
+    accel.init_process_group("gloo", seed=0, rank=rank, world_size=args.processes, port=args.port)  # new: joins the others
     torch.set_num_threads(1)  # new: processes share the cores
     train, test = digits()
     loader = accel.get_dataloader(train, batch_size=64 // args.processes, shuffle=True)  # new: loads this rank's part of the data
