@@ -1,4 +1,4 @@
-"""Which elements of a tensor stand where in a message."""
+"""Plans: which elements of a tensor stand where in a message."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_accel.native import DTYPES, kernels
 
 
 class Plan:
-    """Which elements of a tensor stand where in a message. Immutable.
+    """Tells which elements of a tensor stand where in a message. Immutable.
 
     Args:
-        codec: one of `CODECS`.
-        dtype: of the tensor; float32, float16, bfloat16 or float64.
-        tensor_offsets: first element of each segment in the tensor.
-        numels: elements of each segment.
-        wire_offsets: first byte of each segment in the message, ascending multiples of 16; None puts them one behind another.
-        residual_offsets: first element of each segment among the residuals; None puts them as in the tensor.
+        codec: Name of a codec, from `CODECS`.
+        dtype: Dtype of the tensor: float32, float16, bfloat16 or float64.
+        tensor_offsets: First element of each segment in the tensor.
+        numels: Number of elements of each segment.
+        wire_offsets: First byte of each segment in the message, ascending multiples of 16; None packs segments one after another.
+        residual_offsets: First element of each segment among the residuals; None takes the offsets in the tensor.
 
     Raises:
-        ValueError: for an unknown codec, a dtype that cannot be sent, or offsets that overlap.
+        ValueError: The codec is unknown, the dtype cannot be sent, or segments overlap.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Plan:
             [] if residual_offsets is None else residual_offsets,
         )
         self.wire_bytes = self.native.wire_bytes
-        """Bytes the message must have at least."""
+        """Smallest size of a message in bytes."""
         self.tensor_numel = self.native.tensor_numel
-        """Elements the tensor must have at least."""
+        """Smallest number of elements of a tensor."""
         self.residual_numel = self.native.residual_numel
-        """Elements the residuals must have at least."""
+        """Smallest number of elements of the residuals."""
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     @cached_property
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """What values are summed in: float32, but float64 where codec `none` carries float64."""
+        """Dtype in which values are summed: float64 if codec `none` carries float64, else float32."""
         return torch.float64 if self.codec == "none" and self.dtype == torch.float64 else torch.float32
 
     def segments_on(self, device: torch.device) -> int:
@@ -72,7 +72,7 @@ class Plan:
             return 0
         table = self._tables.get(device)
         if table is None:
-            # Once a plan and device; a plan without segments still needs an address.
+            # Made once per plan and device; a plan without segments still needs an address.
             data = bytearray(self.native.segment_table() or b"\0")
             table = self._tables[device] = torch.frombuffer(data, dtype=torch.uint8).to(device)
         return table.data_ptr()
