@@ -13,6 +13,7 @@ from helpers.ranks import run_ranks
 from helpers.tensors import CODECS, assert_same_bits
 from lightning_accel import ByteGrad, CommunicationError, QAdam, QAdamAlgorithm, Replica, wrap
 from lightning_accel.optim import Phase
+from lightning_accel.reference.bagua_qadam import BaguaQAdam as BaguaSpecification
 from lightning_accel.reference.qadam import QAdam as Specification
 
 TIMEOUT = timedelta(seconds=30)
@@ -143,7 +144,7 @@ def test_groups_have_their_own_betas_and_rates():
 def check_bagua(rank, world_size):
     arguments = {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1}
     trainer = Trainer(QAdamAlgorithm("minmax_uint8"), bagua_compat=True, **arguments)
-    specification = Specification(trainer.start, world_size, codec="minmax_uint8", error_feedback=False, bagua=True, **arguments)
+    specification = BaguaSpecification(trainer.start, world_size, codec="minmax_uint8", **arguments)
     right = Specification(trainer.start, world_size, codec="minmax_uint8", **arguments)
     for step in range(7):
         of_ranks = gradients(world_size, step)
