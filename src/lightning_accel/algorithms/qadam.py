@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_accel import _native as kernels
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
 from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
 from lightning_accel.algorithms.common.option_checks import check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
 from lightning_accel.compression.codecs import check_codec, uses_feedback
-from lightning_accel.optim.frozen_variance import settling_interval, variance_norm
+from lightning_accel.native import DTYPES, run_kernel
+from lightning_accel.optim.frozen_variance import find_floors, settling_interval, variance_norm
 from lightning_accel.optim.qadam import Phase, QAdam
-from lightning_accel.optim.qadam_kernels import fold_gradients
 from lightning_accel.optim.warmup import WarmupAgreement
 from lightning_accel.transport.topology import Hierarchical
 
@@ -115,9 +116,9 @@ class _QAdam(BoundAlgorithm):
         if self._folding.refresh():
             self._warmup.recount()
         if self._phase is Phase.COMPRESSED:
-            self._guard.before_forward(self._folding.parameters)
+            self._guard.before_forward(self._folding.owners)
         elif self._warmup_ends():
-            floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in optimizer.floors().items()}
+            floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in find_floors(optimizer).items()}
             for optimizer in self._optimizers:
                 optimizer.freeze(floors)
 
@@ -186,17 +187,15 @@ class _Folding:
 
     Args:
         optimizers: Optimizers of the model; the list may grow.
+
+    Attributes:
+        owners: Optimizer and group of each parameter that has one.
     """
 
     def __init__(self, optimizers: Sequence[QAdam]) -> None:
         self._optimizers = optimizers
-        self._owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
+        self.owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
         self._num_loads, self._num_groups = -1, 0
-
-    @property
-    def parameters(self) -> Iterable[torch.Tensor]:
-        """Parameters that an optimizer steps."""
-        return self._owners
 
     def refresh(self) -> bool:
         """Looks the groups up again after a load, which replaces them, or when a group has joined.
@@ -208,12 +207,12 @@ class _Folding:
         groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
         is_loaded = num_loads != self._num_loads
         if is_loaded or len(groups) != self._num_groups:
-            self._owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+            self.owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
             self._num_loads, self._num_groups = num_loads, len(groups)
             if self._optimizers[0].phase is Phase.COMPRESSED:
                 # Lays a momentum anew that was loaded in another memory format. If a queue's stream did it, it would still read
                 # the old memory when the training stream gets it.
-                for parameter, (optimizer, _) in self._owners.items():
+                for parameter, (optimizer, _) in self.owners.items():
                     optimizer.momentum_of(parameter)
         return is_loaded
 
@@ -222,15 +221,16 @@ class _Folding:
         by_scalars: dict[tuple[float, float], list[tuple[int, int, int, int]]] = {}
         address = gradients.data_ptr()
         for parameter in parameters:
-            if parameter in self._owners:  # else it has no optimizer, and no momentum
-                optimizer, group = self._owners[parameter]
-                tensors = by_scalars.setdefault((group["betas"][0], optimizer.folded_weight_decay(group)), [])
+            if parameter in self.owners:  # else it has no optimizer, and no momentum
+                optimizer, group = self.owners[parameter]
+                folded_decay, _ = optimizer.split_weight_decay(group)
+                tensors = by_scalars.setdefault((group["betas"][0], folded_decay), [])
                 momentum = optimizer.momentum_of(parameter)
                 tensors.append((address, momentum.data_ptr(), parameter.data_ptr(), parameter.numel()))
             address += parameter.numel() * gradients.element_size()
-        for (beta1, weight_decay), tensors in by_scalars.items():
+        for (beta1, folded_decay), tensors in by_scalars.items():
             # On one thread: backward has the others.
-            fold_gradients((gradients.device, gradients.dtype), tensors, beta1, weight_decay, num_threads=1)
+            run_kernel(kernels.qadam_fold, gradients.device, DTYPES.index(gradients.dtype), tensors, beta1, folded_decay, 1)
 
 
 class _MomentumGuard:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_accel.optim.memory import complete_state
 from lightning_accel.optim.qadam import QAdam
 
 
@@ -23,22 +24,19 @@ class BaguaQAdam(QAdam):
     default_error_feedback: ClassVar[bool] = False
     prefers_fused: ClassVar[bool] = False
 
-    def _warmup_step(self) -> None:
-        if self.steps + 1 == self.warmup_steps:
-            self._step_with_old_momentum()
-        else:
-            super()._warmup_step()
-
     @torch.no_grad()
-    def _step_with_old_momentum(self) -> None:
-        """Makes step T: drops its gradient and uses the momentum of the step before again."""
+    def _warmup_step(self) -> None:
+        if self.steps + 1 != self.warmup_steps:
+            super()._warmup_step()
+            return
+        # Step T drops its gradient and uses the momentum of the step before again.
         for group in self.param_groups:
             steps = group["steps"] + 1
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._complete_state(parameter)
                     state = self.state[parameter]
+                    complete_state(parameter, state)
                     state["step"] += 1
                     denominator = state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**steps) + group["eps"]
                     parameter.addcdiv_(state["exp_avg"], denominator, value=-float(group["lr"]) / (1 - beta1**steps))
@@ -49,5 +47,6 @@ class BaguaQAdam(QAdam):
     def _correction_steps(self, group: Mapping[str, Any]) -> int:
         return int(group["steps"]) + 1
 
-    def _weight_decay_after_warmup(self, group: Mapping[str, Any]) -> float:
-        return 0.0
+    def split_weight_decay(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Returns zeros."""
+        return 0.0, 0.0

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 
+from lightning_accel import _native as kernels
+from lightning_accel.native import DTYPES, run_kernel
 from lightning_accel.optim.frozen_variance import find_floors, raise_to_floors
-from lightning_accel.optim.qadam_kernels import by_kind, fold_gradients, step_with_momentum
+from lightning_accel.optim.memory import by_device_and_dtype, check_dense, complete_state, step_addresses
 
 
 class Phase(Enum):
@@ -77,11 +79,20 @@ class QAdam(torch.optim.Adam):
     prefers_fused: ClassVar[bool] = True
     """Whether warm-up is fused, where neither `fused` nor `foreach` is given."""
 
+    _is_attached: bool
+    _calls: Counter[str]
+    _folded: set[Tensor]
+
     def __new__(cls, *args: Any, bagua_compat: bool = False, **options: Any) -> QAdam:
         """Makes an instance of the subclass that `bagua_compat` asks for."""
-        # By name: a folder imports none that builds on it.
+        # By name: `optim` imports no module that builds on it.
         subclass: type[QAdam] = import_module("lightning_accel.bagua.qadam").BaguaQAdam if bagua_compat and cls is QAdam else cls
-        return super().__new__(subclass)
+        optimizer = super().__new__(subclass)
+        optimizer._is_attached = False
+        # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
+        optimizer._calls = Counter()
+        optimizer._folded = set()
+        return optimizer
 
     def __init__(
         self,
@@ -103,20 +114,9 @@ class QAdam(torch.optim.Adam):
             raise ValueError(
                 f"bagua_compat=True needs a subclass of lightning_accel.bagua.qadam.BaguaQAdam: got {type(self).__name__}"
             )
-        self._is_attached = False
-        # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
-        self._calls: Counter[str] = Counter()
-        self._folded: set[Tensor] = set()
         use_fused = fused is None and foreach is None and self.prefers_fused
         super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            foreach=foreach,
-            fused=fused,
+            params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused, decoupled_weight_decay=decoupled_weight_decay
         )
         self.defaults.update(warmup_steps=warmup_steps, bagua_compat=self.bagua_compat)
         for group in self.param_groups:
@@ -126,13 +126,10 @@ class QAdam(torch.optim.Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            self._check_variant(group)
+            _check_group(group, self.bagua_compat)
             # Older torch's AdamW does not name it, and Adam would take it for off.
             group.setdefault("decoupled_weight_decay", getattr(self, "defaults", {}).get("decoupled_weight_decay", False))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("_is_attached", False)
-        self.__dict__.setdefault("_calls", Counter())
-        self.__dict__.setdefault("_folded", set())
         self._calls["load"] += 1
         for group in self.param_groups:  # a checkpoint of Adam lacks our entries
             self._complete_group(group)
@@ -205,36 +202,33 @@ class QAdam(torch.optim.Adam):
         return loss
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
-        """Returns Adam's `exp_avg`; zeros where a parameter has not been stepped yet."""
-        self._complete_state(parameter)
+        """Returns Adam's `exp_avg`, which is zeros where a parameter has not been stepped yet."""
+        complete_state(parameter, self.state[parameter])
         momentum: Tensor = self.state[parameter]["exp_avg"]
         return momentum
 
-    def folded_weight_decay(self, group: Mapping[str, Any]) -> float:
-        """Returns the factor of x that is folded into a group's momentum after warm-up."""
-        return 0.0 if group["decoupled_weight_decay"] else self._weight_decay_after_warmup(group)
-
-    def floors(self) -> dict[Tensor, float]:
-        """Returns the floor of the frozen variance of each parameter that a gradient has reached."""
-        return find_floors(self)
+    def split_weight_decay(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Returns the weight decay after warm-up that is folded into a group's momentum, and that which is decoupled."""
+        weight_decay = float(group["weight_decay"])
+        return (0.0, weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
 
     def freeze(self, floors: Mapping[Tensor, float] | None = None) -> None:
         """Ends warm-up: from here on the variance stays as it is, raised to its floors. Called by the algorithm.
 
         Args:
-            floors: Floors of all optimizers that train the model; None takes `floors()`. A parameter that no gradient has
+            floors: Floors of all optimizers that train the model; None finds its own. A parameter that no gradient has
                 reached gets the smallest.
 
         Raises:
             RuntimeError: If no gradient was different from zero.
         """
-        floors = self.floors() if floors is None else floors
+        floors = find_floors(self) if floors is None else floors
         if not floors:
             raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
         for group in self.param_groups:
             group["frozen_step"] = group["steps"]
             for parameter in group["params"]:
-                self._complete_state(parameter)
+                complete_state(parameter, self.state[parameter])
         self._raise_variance(floors)
 
     def note_folded(self, parameters: Iterable[Tensor]) -> None:
@@ -242,22 +236,14 @@ class QAdam(torch.optim.Adam):
         self._folded.update(parameters)
 
     def attach(self) -> None:
-        """Attaches the algorithm that communicates for this optimizer; called by it.
-
-        Raises:
-            ValueError: If the elements of a parameter do not lie densely in memory.
-        """
+        """Notes that an algorithm communicates for this optimizer, and checks parameters for it. Called by the algorithm."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if torch.empty_like(parameter).stride() != parameter.stride():
-                    raise ValueError(
-                        "QAdam needs parameters whose elements lie densely in memory: got one of shape "
-                        f"{tuple(parameter.shape)} and strides {parameter.stride()}"
-                    )
+                check_dense(parameter)
         self._is_attached = True
 
     def detach(self) -> None:
-        """Detaches the algorithm; called by it when it ends."""
+        """Notes that the algorithm has ended. Called by the algorithm."""
         self._is_attached = False
 
     @torch.no_grad()
@@ -272,9 +258,6 @@ class QAdam(torch.optim.Adam):
         """Returns the number of steps by which the frozen variance is bias-corrected."""
         return int(group["frozen_step"])
 
-    def _weight_decay_after_warmup(self, group: Mapping[str, Any]) -> float:
-        return float(group["weight_decay"])
-
     @torch.no_grad()
     def _compressed_step(self) -> None:
         for group in self.param_groups:
@@ -284,62 +267,26 @@ class QAdam(torch.optim.Adam):
             (beta1, beta2), lr = group["betas"], float(group["lr"])
             step_size = lr / (1 - beta1 ** (group["steps"] + 1))
             correction = math.sqrt(1 - beta2 ** self._correction_steps(group))
-            decay = 1 - lr * self._weight_decay_after_warmup(group) if group["decoupled_weight_decay"] else 1.0
+            folded_decay, decoupled_decay = self.split_weight_decay(group)
+            decay = 1 - lr * decoupled_decay
             torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
-            self._fold_others(group, [parameter for parameter in stepped if parameter not in self._folded])
-            for kind, parameters in by_kind(stepped):
-                tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
-                step_with_momentum(kind, tensors, step_size, correction, group["eps"], decay)
-
-    def _fold_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Folds gradients that no algorithm has folded: of parameters outside its model, or where there is none."""
-        for kind, alike in by_kind(parameters):
-            tensors = []
-            for parameter in alike:
-                gradient, momentum, _, address = self._addresses(parameter)
-                tensors.append((gradient, momentum, address, parameter.numel()))
-            fold_gradients(kind, tensors, group["betas"][0], self.folded_weight_decay(group), torch.get_num_threads())
-
-    def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
-        """Returns addresses of gradient, momentum, variance and parameter, made to lie alike: kernels walk through memory."""
-        self._complete_state(parameter)
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if gradient.stride() != parameter.stride():
-            gradient = parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        return gradient.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), parameter.data_ptr()
-
-    def _check_variant(self, group: Mapping[str, Any]) -> None:
-        if (wanted := group.get("bagua_compat", self.bagua_compat)) != self.bagua_compat:
-            raise ValueError(
-                f"a group or a state with bagua_compat={wanted} needs an optimizer made with QAdam(..., bagua_compat={wanted}): "
-                f"this {type(self).__name__} has bagua_compat={self.bagua_compat}"
-            )
+            for (device, dtype), parameters in by_device_and_dtype(stepped).items():
+                code, num_threads = DTYPES.index(dtype), torch.get_num_threads()
+                tensors = [(*step_addresses(parameter, self.state[parameter]), parameter.numel()) for parameter in parameters]
+                # The algorithm does not fold gradients of parameters outside its model; without an algorithm, nobody does.
+                folds = [(g, m, x, n) for p, (g, m, _, x, n) in zip(parameters, tensors, strict=True) if p not in self._folded]
+                if folds:
+                    run_kernel(kernels.qadam_fold, device, code, folds, beta1, folded_decay, num_threads)
+                run_kernel(kernels.qadam_step, device, code, tensors, step_size, correction, group["eps"], decay, num_threads)
 
     def _complete_group(self, group: dict[str, Any]) -> None:
-        self._check_variant(group)
-        beta1, beta2 = group["betas"]
-        if beta1 * beta1 >= beta2:
-            raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
-        for name in ("amsgrad", "maximize"):
-            if group.get(name):
-                raise ValueError(f"QAdam does not take {name}")
+        _check_group(group, self.bagua_compat)
         # A group that joins during warm-up counts with the others.
         group.setdefault("steps", max((other.get("steps", 0) for other in self.param_groups), default=0))
         group.setdefault("frozen_step", 0)
         for name in ("warmup_steps", "bagua_compat"):
             if name in self.defaults:  # not yet while Adam's constructor runs
                 group.setdefault(name, self.defaults[name])
-
-    def _complete_state(self, parameter: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].stride() != parameter.stride():  # loaded from, or made for, another memory format
-                state[name] = torch.empty_like(parameter).copy_(state[name])
 
     def _warn_if_alone(self) -> None:
         if not self._is_attached:
@@ -375,6 +322,20 @@ QAdam.__new__.__signature__ = inspect.signature(QAdam.__init__)  # type: ignore[
 
 QAdamOptimizer = QAdam
 """Another name of `QAdam`."""
+
+
+def _check_group(group: Mapping[str, Any], bagua_compat: bool) -> None:
+    if (wanted := group.get("bagua_compat", bagua_compat)) != bagua_compat:
+        raise ValueError(
+            f"this optimizer has bagua_compat={bagua_compat}, the group or the loaded state has bagua_compat={wanted}: make the "
+            f"optimizer with QAdam(..., bagua_compat={wanted})"
+        )
+    beta1, beta2 = group["betas"]
+    if beta1 * beta1 >= beta2:
+        raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"QAdam does not take {name}")
 
 
 def _has_fused(parameter: Tensor) -> bool:

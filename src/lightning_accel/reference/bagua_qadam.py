@@ -1,9 +1,8 @@
-"""QAdam with Bagua's deviations: no error feedback, and what the methods of `BaguaQAdam` say."""
+"""QAdam with Bagua's deviations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +10,7 @@ from lightning_accel.reference.qadam import QAdam
 
 
 class BaguaQAdam(QAdam):
-    """The optimizer of all ranks; takes the arguments of `QAdam` except `error_feedback`."""
-
-    def __init__(self, parameters: Sequence[Tensor], world_size: int, **options: Any) -> None:
-        super().__init__(parameters, world_size, error_feedback=False, **options)
+    """The optimizer of all ranks, as Bagua has it; `error_feedback` is to be False."""
 
     def _warmup_step(self, place: int, gradient: Tensor) -> None:
         """Drops the gradient of step T and uses the momentum of the step before again."""
