@@ -343,10 +343,10 @@ def async_buffers(rank, world_size, device):
     """Catches averaging by NCCL, whose kernels a thread of its own would enqueue between training's in any order, and memory
     that is not pinned, from which copies wait."""
     training = Training(AsyncAverage(), device)
-    algorithm = training.replica.algorithm
-    assert backend_of(algorithm._meetings.group.process_group, torch.device("cpu")) == "gloo"
+    meetings = training.replica.algorithm.meetings
+    assert backend_of(meetings.queue.group.process_group, torch.device("cpu")) == "gloo"
     if device != "cpu":
-        assert all(tensor.is_pinned() for tensor in (*algorithm._contributions, *algorithm._corrections))
+        assert all(tensor.is_pinned() for tensor in (*meetings.contributions, *meetings.corrections))
     training.replica.close()
 
 

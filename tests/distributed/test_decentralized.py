@@ -424,7 +424,7 @@ def memory(rank, world_size):
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)
         replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
         bound = replica.algorithm
-        kept = [*bound.buffers, *getattr(bound, "_corrections", ())]
+        kept = [*bound.buffers, *(bound.meetings.corrections if isinstance(algorithm, AsyncAverage) else ())]
         kept += [tensor for ring in getattr(bound, "rings", ()) for tensor in (ring.own, ring.left, ring.right)]
         for round_ in range(8):
             ddp(inputs_of(rank, round_)).sum().backward()
