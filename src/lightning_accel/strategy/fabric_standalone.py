@@ -9,4 +9,4 @@ from lightning_accel.strategy.options import show_keywords
 
 @show_keywords
 class AccelStrategy(FabricStrategy, DDPStrategy):
-    """Joins `FabricStrategy` to the DDPStrategy of `lightning_fabric`; `help` shows the former's docstring, with all keywords."""
+    """Joins `FabricStrategy` to the DDPStrategy of `lightning_fabric`; `help` shows the former's docstring and all keywords."""

@@ -43,8 +43,8 @@ _DOCS = {
     "process_group_backend": '"gloo", "nccl" or another backend of torch.distributed.',
     "timeout": "Bound on each collective; a failed peer is noticed after it at the latest.",
     "start_method": '"popen", "spawn", "fork" or "forkserver".',
-    "gradient_as_bucket_view": "Whether gradients lie in DDP's buckets, which spares a copy of them, in memory and in time. On by "
-    "default, unlike in DDP; turn it off for code that calls `detach_()` on gradients.",
+    "gradient_as_bucket_view": "Whether gradients lie in DDP's buckets, which spares a copy of them, in memory and in time. On "
+    "by default, unlike in DDP; turn it off for code that calls `detach_()` on gradients.",
 }
 """Descriptions of the base classes' arguments: DDPStrategy has none, and for one default DDP's is not true."""
 

@@ -9,4 +9,4 @@ from lightning_accel.strategy.trainer import TrainerStrategy
 
 @show_keywords
 class AccelStrategy(TrainerStrategy, DDPStrategy):
-    """Joins `TrainerStrategy` to the DDPStrategy of `pytorch_lightning`; `help` shows the former's docstring, with all keywords."""
+    """Joins `TrainerStrategy` to the DDPStrategy of `pytorch_lightning`; `help` shows the former's docstring and all keywords."""
