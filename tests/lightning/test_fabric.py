@@ -120,7 +120,7 @@ print("all is well", flush=True)
 
 @pytest.mark.parametrize(
     ("root", "ours"),
-    [("lightning.fabric", "lightning_fabric_root"), ("lightning_fabric", "fabric_root")],
+    [("lightning.fabric", "fabric_unified"), ("lightning_fabric", "fabric_standalone")],
     ids=["one", "separate"],
 )
 def test_fabric_trains_accumulates_saves_and_loads(root, ours, tmp_path):
