@@ -142,7 +142,7 @@ def stopped(rank, world_size, algorithm, timeout_seconds):
             os.kill(os.getpid(), signal.SIGSTOP)
 
     error, seconds = training.run(stop)
-    assert timeout_seconds * 0.9 < seconds < timeout_seconds + communicator._GRACE_SECONDS + MOMENTS_SECONDS, seconds
+    assert timeout_seconds * 0.9 < seconds < timeout_seconds + failure.GRACE_SECONDS + MOMENTS_SECONDS, seconds
     check_message(error, algorithm, rank, world_size)
     training.check_weights(reference_of(algorithm))
     training.check_end()
@@ -270,7 +270,7 @@ def test_a_rank_that_leaves_with_its_own_error_ends_the_others():
 
 
 def hang(rank, world_size):
-    communicator._GRACE_SECONDS = 1.0
+    failure.GRACE_SECONDS = 1.0
     training = Training(rank, world_size, ByteGrad(), timeout_seconds=2.0)
     decode, released = operations.decode, threading.Event()
 
