@@ -20,7 +20,7 @@ from helpers.models import GivenGradients, few_kinds
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
 from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica
-from lightning_accel.background import communicator
+from lightning_accel.background import failure
 from lightning_accel.compression import operations
 from lightning_accel.reference.bytegrad import bytegrad
 from lightning_accel.reference.gradient_allreduce import gradient_allreduce
