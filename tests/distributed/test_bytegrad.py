@@ -1,29 +1,16 @@
 """ByteGrad through a real DDP, on gloo: every rank against the specification, to the bit."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from helpers.models import GivenGradients, all_kinds, assert_gradients, few_kinds
 from helpers.ranks import run_ranks
+from helpers.sequences import failures_of
 from helpers.tensors import CODECS, assert_same_bits, normal
-from lightning_accel import ByteGrad, Replica
+from helpers.training import Training
+from lightning_accel import ByteGrad
 from lightning_accel.reference.bytegrad import bytegrad
-
-TIMEOUT = timedelta(seconds=30)
-
-
-def attach(model: torch.nn.Module, algorithm: ByteGrad, node_name: str = "a", **options) -> tuple:
-    ddp = DistributedDataParallel(model, **options)
-    return ddp, Replica(ddp, algorithm, timeout=TIMEOUT, node_name=node_name)
-
-
-def backward(ddp: DistributedDataParallel, gradients: list) -> None:
-    ddp.zero_grad()
-    ddp(gradients).backward()
 
 
 def check(rank, world_size, codecs, average, options, device="cpu"):
@@ -32,12 +19,11 @@ def check(rank, world_size, codecs, average, options, device="cpu"):
         expected = [bytegrad(of_step, codec, average=average) for of_step in of_ranks]
         for ddp_options in options:
             algorithm = ByteGrad(codec, error_feedback=False, average=average)
-            ddp, replica = attach(GivenGradients(of_ranks[0][rank]).to(device), algorithm, **ddp_options)
-            # DDP rebuilds its buckets after the first backward: the same gradients come before and after that.
-            for count, step in enumerate((0, 1, 0)):
-                backward(ddp, of_ranks[step][rank])
-                assert_gradients(ddp.module, expected[step], f"{codec}, {ddp_options}, backward {count}")
-            replica.close()
+            with Training(GivenGradients(of_ranks[0][rank]), algorithm, device=device, **ddp_options) as training:
+                # DDP rebuilds its buckets after the first backward: the same gradients come before and after that.
+                for count, step in enumerate((0, 1, 0)):
+                    training.backward(of_ranks[step][rank])
+                    assert_gradients(training.model, expected[step], f"{codec}, {ddp_options}, backward {count}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -53,92 +39,105 @@ def test_sum_instead_of_mean(world_size):
     run_ranks(check, world_size, ("int8", "none"), False, [{"bucket_cap_mb": 1}])
 
 
-def check_graphs(rank, world_size):
+def static_graph(rank, world_size):
+    """Catches a hook that DDP calls otherwise in a static graph."""
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
-    expected = [bytegrad(of_ranks) for of_ranks in steps]
+    with Training(GivenGradients(steps[0][rank]), ByteGrad(), static_graph=True, bucket_cap_mb=0.02) as training:
+        for step, of_ranks in enumerate(steps):
+            training.backward(of_ranks[rank])
+            assert_gradients(training.model, bytegrad(of_ranks), f"step {step}")
 
-    ddp, replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), static_graph=True, bucket_cap_mb=0.02)
-    for step in range(4):
-        backward(ddp, steps[step][rank])
-        assert_gradients(ddp.module, expected[step], f"static graph, step {step}")
-    replica.close()
 
-    # Parameter 1 is unused on rank 0 alone, parameter 2 on all, and each step differs.
-    ddp, replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), find_unused_parameters=True, bucket_cap_mb=0.02)
-    for step in range(4):
-        of_ranks = [list(gradients) for gradients in steps[step]]
-        used = [list(gradients) for gradients in steps[step]]
-        if step % 2:
-            of_ranks[0][1] = torch.zeros_like(of_ranks[0][1])
-            used[0][1] = None
-        for gradients in used:
-            gradients[2] = None
-        backward(ddp, used[rank])
-        wanted = bytegrad(of_ranks)
-        wanted[2] = None
-        assert_gradients(ddp.module, wanted, f"unused parameters, step {step}")
-    replica.close()
+def unused(rank, world_size):
+    """Catches plans keyed by a bucket's index. Parameter 1 is unused on rank 0 alone, parameter 2 on all, and steps differ."""
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
+    options = {"find_unused_parameters": True, "bucket_cap_mb": 0.02}
+    with Training(GivenGradients(steps[0][rank]), ByteGrad(), **options) as training:
+        for step in range(4):
+            of_ranks = [list(gradients) for gradients in steps[step]]
+            used = [list(gradients) for gradients in steps[step]]
+            if step % 2:
+                of_ranks[0][1] = torch.zeros_like(of_ranks[0][1])
+                used[0][1] = None
+            for gradients in used:
+                gradients[2] = None
+            training.backward(used[rank])
+            wanted = bytegrad(of_ranks)
+            wanted[2] = None
+            assert_gradients(training.model, wanted, f"step {step}")
 
-    # Frozen parameters own blocks too: ownership must not shift the blocks of the others' messages.
-    ddp, replica = attach(GivenGradients(steps[0][rank], frozen=[0]), ByteGrad(), bucket_cap_mb=0.02)
-    for step in range(3):
-        backward(ddp, steps[step][rank])
-        assert_gradients(ddp.module, [None, *expected[step][1:]], f"frozen, step {step}")
-    replica.close()
 
-    # A tied parameter is one parameter, with the sum of both uses as its gradient.
+def frozen(rank, world_size):
+    """Catches blocks of others' messages that shift where a frozen parameter owns some too."""
+    steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(3)]
+    with Training(GivenGradients(steps[0][rank], frozen=[0]), ByteGrad(), bucket_cap_mb=0.02) as training:
+        for step, of_ranks in enumerate(steps):
+            training.backward(of_ranks[rank])
+            assert_gradients(training.model, [None, *bytegrad(of_ranks)[1:]], f"step {step}")
+
+
+def tied(rank, world_size):
+    """Catches a tied parameter that counts twice: it is one, with the sum of both uses as its gradient."""
     shapes = [normal(n, torch.float32, seed=1) for n in (3000, 100, 3000)]
     gradients = [[normal(t.numel(), torch.float32, seed=10 * r + k) for k, t in enumerate(shapes)] for r in range(world_size)]
     wanted = bytegrad([[own[0] + own[2], own[1]] for own in gradients])
-    ddp, replica = attach(GivenGradients(shapes, tied=[(0, 2)]), ByteGrad(), bucket_cap_mb=0.002)
-    for step in range(3):
-        backward(ddp, gradients[rank])
-        assert_gradients(ddp.module, wanted, f"tied, step {step}")
-    replica.close()
-
-    # A bucket may hold nothing but an empty parameter, and a message nothing for some ranks.
-    small = [normal(5, torch.float32, seed=1), torch.zeros(0, dtype=torch.float16), torch.zeros(0, dtype=torch.float64)]
-    for name in ("a", f"node {rank}"):
-        ddp, replica = attach(GivenGradients(small), ByteGrad(hierarchical=True), name)
+    with Training(GivenGradients(shapes, tied=[(0, 2)]), ByteGrad(), bucket_cap_mb=0.002) as training:
         for step in range(3):
-            backward(ddp, small)
-            nodes = [range(world_size)] if name == "a" else [[r] for r in range(world_size)]
-            assert_gradients(ddp.module, bytegrad([small] * world_size, nodes=nodes), f"empty, node {name}, step {step}")
-        replica.close()
-    ddp, replica = attach(GivenGradients(small), ByteGrad(hierarchical=False))
-    backward(ddp, small)
-    assert_gradients(ddp.module, bytegrad([small] * world_size), "empty, flat")
-    replica.close()
+            training.backward(gradients[rank])
+            assert_gradients(training.model, wanted, f"step {step}")
 
-    # Blocks are cut as the elements lie in memory, which DDP keeps in its buckets.
+
+def empty(rank, world_size):
+    """Catches a bucket that holds nothing but an empty parameter, and a message that holds nothing for some ranks."""
+    small = [normal(5, torch.float32, seed=1), torch.zeros(0, dtype=torch.float16), torch.zeros(0, dtype=torch.float64)]
+    for hierarchical, nodes in ((True, [range(world_size)]), (True, [[r] for r in range(world_size)]), (False, None)):
+        with Training(GivenGradients(small), ByteGrad(hierarchical=hierarchical), nodes=nodes) as training:
+            for step in range(3):
+                training.backward(small)
+                assert_gradients(training.model, bytegrad([small] * world_size, nodes=nodes), f"nodes {nodes}, step {step}")
+
+
+def channels_last(rank, world_size):
+    """Catches blocks that are not cut as the elements lie in memory, which DDP keeps in its buckets."""
     image = [normal(40 * 7 * 3 * 3, torch.float32, seed=r).view(40, 3, 3, 7).permute(0, 3, 1, 2) for r in range(world_size)]
     model = GivenGradients([image[0]])
     assert model.p0.is_contiguous(memory_format=torch.channels_last)
     wanted = bytegrad([[i.permute(0, 2, 3, 1).contiguous()] for i in image])[0].permute(0, 3, 1, 2)
-    ddp, replica = attach(model, ByteGrad())
-    for step in range(3):
-        backward(ddp, [image[rank]])
-        assert_gradients(ddp.module, [wanted], f"channels last, step {step}")
-    replica.close()
+    with Training(model, ByteGrad()) as training:
+        for step in range(3):
+            training.backward([image[rank]])
+            assert_gradients(training.model, [wanted], f"step {step}")
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_graphs_of_all_kinds(world_size):
-    """Catches plans keyed by bucket index, and parameters counted that DDP leaves out: static, unused, frozen, tied."""
-    run_ranks(check_graphs, world_size)
+GRAPHS = {check.__name__: check for check in (static_graph, unused, frozen, tied, empty, channels_last)}
+
+
+def check_graphs(rank, world_size, names, begin):
+    for name in names:
+        begin(name)
+        GRAPHS[name](rank, world_size)
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+def failures_of_graphs(request):
+    return failures_of(check_graphs, GRAPHS, request.param, timeout=150)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_of_all_kinds(failures_of_graphs, name):
+    """What each check catches, its docstring says."""
+    assert failures_of_graphs.get(name) is None, failures_of_graphs[name]
 
 
 def check_nodes(rank, world_size, nodes, hierarchical, flat):
-    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
     of_ranks = [all_kinds(r) for r in range(world_size)]
     for codec in ("int8", "none", "fp16"):
         expected = bytegrad(of_ranks, codec, nodes=None if flat else nodes)
         algorithm = ByteGrad(codec, hierarchical=hierarchical)
-        ddp, replica = attach(GivenGradients(of_ranks[rank]), algorithm, name, bucket_cap_mb=1)
-        for step in range(3):
-            backward(ddp, of_ranks[rank])
-            assert_gradients(ddp.module, expected, f"{codec}, step {step}")
-        replica.close()
+        with Training(GivenGradients(of_ranks[rank]), algorithm, nodes=nodes, bucket_cap_mb=1) as training:
+            for step in range(3):
+                training.backward(of_ranks[rank])
+                assert_gradients(training.model, expected, f"{codec}, step {step}")
 
 
 @pytest.mark.parametrize(
@@ -159,13 +158,12 @@ def test_nodes(nodes, hierarchical, flat):
 
 
 def refuse(rank, world_size):
-    ddp = DistributedDataParallel(torch.nn.Linear(3, 3))
+    model, nodes = torch.nn.Linear(3, 3), [[0, 1], [2]]
     with pytest.raises(ValueError, match="equally many ranks on every node: got 2, 1"):
-        Replica(ddp, ByteGrad(hierarchical=True), timeout=TIMEOUT, node_name="a" if rank < 2 else "b")
+        Training(model, ByteGrad(hierarchical=True), nodes=nodes)
     # Nothing was attached, and nobody waits: the remedy that the message names works.
-    replica = Replica(ddp, ByteGrad(), timeout=TIMEOUT, node_name="a" if rank < 2 else "b")
-    ddp(torch.ones(1, 3)).sum().backward()
-    replica.close()
+    with Training(model, ByteGrad(), nodes=nodes) as training:
+        training.ddp(torch.ones(1, 3)).sum().backward()
     return True
 
 
@@ -177,16 +175,14 @@ def test_uneven_nodes_are_refused_on_all_ranks():
 def poison(rank, world_size, codec, value):
     results = []
     clean = [normal(3000, torch.float32, seed=1), normal(100, torch.float32, seed=2)]
-    ddp, replica = attach(GivenGradients(clean), ByteGrad(codec))
-    for place in (0, 511, 512, 2999):
-        gradients = [tensor.clone() for tensor in clean]
-        if rank == world_size - 1:
-            gradients[0][place] = value
-        backward(ddp, gradients)
-        results.append((place, ddp.module.p0.grad.isfinite().tolist(), ddp.module.p1.grad.isfinite().all().item()))
-    backward(ddp, clean)
-    results.append((None, ddp.module.p0.grad.isfinite().tolist(), ddp.module.p1.grad.isfinite().all().item()))
-    replica.close()
+    with Training(GivenGradients(clean), ByteGrad(codec)) as training:
+        for place in (0, 511, 512, 2999, None):
+            gradients = [tensor.clone() for tensor in clean]
+            if rank == world_size - 1 and place is not None:
+                gradients[0][place] = value
+            training.backward(gradients)
+            first, second = (parameter.grad.isfinite() for parameter in training.model.parameters())
+            results.append((place, first.tolist(), second.all().item()))
     return results
 
 
@@ -206,10 +202,10 @@ def test_a_bad_value_on_one_rank_is_seen_by_all(codec, value):
             assert other_is_finite, "poison that reaches another parameter"
 
 
-def hold_memory(rank, world_size, node_name, find_unused_parameters):
+def hold_memory(rank, world_size, nodes, find_unused_parameters):
     of_ranks = [[normal(5000, torch.float32, seed=r) for _ in range(40)] for r in range(world_size)]
     options = {"bucket_cap_mb": 0.1, "find_unused_parameters": find_unused_parameters}
-    ddp, replica = attach(GivenGradients(of_ranks[rank]), ByteGrad(), node_name.format(rank // 2), **options)
+    training = Training(GivenGradients(of_ranks[rank]), ByteGrad(), nodes=nodes, **options)
     held, allocations, empty = [], [], torch.empty
 
     def counting_empty(*args, **options):
@@ -219,18 +215,18 @@ def hold_memory(rank, world_size, node_name, find_unused_parameters):
     for step in range(6):
         if step == 3:
             torch.empty = counting_empty
-        backward(ddp, of_ranks[rank])
-        held.append(replica.algorithm.reducer.pipeline.allocated_bytes)
+        training.backward(of_ranks[rank])
+        held.append(training.scratch_bytes)
     torch.empty = empty
-    replica.close()
+    training.replica.close()
     return held, allocations
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])
-@pytest.mark.parametrize(("world_size", "node_name"), [(2, "a"), (4, "node {}")])
-def test_memory_stays_after_the_second_step(world_size, node_name, find_unused_parameters):
+@pytest.mark.parametrize(("world_size", "nodes"), [(2, None), (4, ((0, 1), (2, 3)))])
+def test_memory_stays_after_the_second_step(world_size, nodes, find_unused_parameters):
     """Catches an allocation in each step, and memory of DDP's first, all-embracing bucket that is kept."""
-    for held, allocations in run_ranks(hold_memory, world_size, node_name, find_unused_parameters):
+    for held, allocations in run_ranks(hold_memory, world_size, nodes, find_unused_parameters):
         assert held[0] > 0
         assert len(set(held[1:])) == 1, held
         assert allocations == []
@@ -240,12 +236,10 @@ def test_memory_stays_after_the_second_step(world_size, node_name, find_unused_p
 
 def count_bytes(rank, world_size):
     numel = 512 * 400
-    ddp, replica = attach(GivenGradients([torch.zeros(numel)]), ByteGrad())
-    for _ in range(3):
-        backward(ddp, [torch.ones(numel)])
-    statistics = replica.statistics
-    replica.close()
-    return statistics
+    with Training(GivenGradients([torch.zeros(numel)]), ByteGrad()) as training:
+        for _ in range(3):
+            training.backward([torch.ones(numel)])
+        return training.replica.statistics
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -273,19 +267,17 @@ class Checkpointed(torch.nn.Module):
     def forward(self, x):
         for layer in self.layers:
             x = layer(x) if self.use_reentrant is None else checkpoint(layer, x, use_reentrant=self.use_reentrant)
-        return x
+        return x.square().sum()
 
 
 def recompute(rank, world_size):
     inputs = normal(8 * 60, torch.float32, seed=rank).view(8, 60).clamp(-1, 1).requires_grad_()
     results = []
     for use_reentrant in (None, True, False):
-        ddp, replica = attach(Checkpointed(use_reentrant), ByteGrad(), bucket_cap_mb=0.01)
-        for _ in range(3):
-            ddp.zero_grad()
-            ddp(inputs).square().sum().backward()
-        results.append([parameter.grad for parameter in ddp.parameters()])
-        replica.close()
+        with Training(Checkpointed(use_reentrant), ByteGrad(), bucket_cap_mb=0.01) as training:
+            for _ in range(3):
+                training.backward(inputs)
+        results.append([parameter.grad for parameter in training.model.parameters()])
     for plain, reentrant, other in zip(*results, strict=True):
         assert_same_bits(reentrant, plain, "reentrant")
         assert_same_bits(other, plain, "not reentrant")
@@ -298,18 +290,18 @@ def test_activations_that_are_recomputed_change_nothing():
 
 def two_at_once(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
-    first, first_replica = attach(GivenGradients(steps[0][rank]), ByteGrad(), bucket_cap_mb=0.02)
-    second, second_replica = attach(GivenGradients(steps[0][rank]), ByteGrad("bf16"), bucket_cap_mb=0.05)
-    for step in range(3):
-        first.zero_grad()
-        second.zero_grad()
-        losses = [first(steps[step][rank]), second(steps[step + 1][rank])]
-        # In another order on each rank: each replica's own order is all that counts.
-        sum(losses[:: 1 if rank == 0 else -1]).backward()
-        assert_gradients(first.module, bytegrad(steps[step]), f"first, step {step}")
-        assert_gradients(second.module, bytegrad(steps[step + 1], "bf16"), f"second, step {step}")
-    first_replica.close()
-    second_replica.close()
+    with (
+        Training(GivenGradients(steps[0][rank]), ByteGrad(), bucket_cap_mb=0.02) as first,
+        Training(GivenGradients(steps[0][rank]), ByteGrad("bf16"), bucket_cap_mb=0.05) as second,
+    ):
+        for step in range(3):
+            first.ddp.zero_grad()
+            second.ddp.zero_grad()
+            losses = [first.ddp(steps[step][rank]), second.ddp(steps[step + 1][rank])]
+            # In another order on each rank: each replica's own order is all that counts.
+            sum(losses[:: 1 if rank == 0 else -1]).backward()
+            assert_gradients(first.model, bytegrad(steps[step]), f"first, step {step}")
+            assert_gradients(second.model, bytegrad(steps[step + 1], "bf16"), f"second, step {step}")
 
 
 def test_two_replicas_in_one_backward():
@@ -320,11 +312,9 @@ def test_two_replicas_in_one_backward():
 def attach_again(rank, world_size, nodes):
     for step in range(4):
         of_ranks = [few_kinds(r, step) for r in range(world_size)]
-        name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
-        ddp, replica = attach(GivenGradients(of_ranks[rank]), ByteGrad(hierarchical=True), name)
-        backward(ddp, of_ranks[rank])
-        assert_gradients(ddp.module, bytegrad(of_ranks, nodes=nodes), f"replica {step}")
-        replica.close()
+        with Training(GivenGradients(of_ranks[rank]), ByteGrad(hierarchical=True), nodes=nodes) as training:
+            training.backward(of_ranks[rank])
+            assert_gradients(training.model, bytegrad(of_ranks, nodes=nodes), f"replica {step}")
 
 
 @pytest.mark.parametrize("nodes", [((0, 1),), ((0, 1), (2, 3))])

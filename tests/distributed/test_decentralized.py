@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
-from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_replicas, inputs_of, optimizer_of, trainable
+from helpers.training import TIMEOUT, Training
+from helpers.weights import (
+    Mixed,
+    Simulation,
+    WithoutHalf,
+    check_replicas,
+    inputs_of,
+    mixed_training,
+    optimizer_of,
+    set_weights,
+    trainable,
+)
 from lightning_accel import (
     AsyncAverage,
     ByteGrad,
@@ -50,17 +61,14 @@ def check(rank, world_size, cases, device="cpu"):
     for options, micro_batches, nodes, ddp_options in cases:
         what = f"{options}, {micro_batches} micro-batches, nodes {nodes}"
         simulation = Simulation(world_size, device=device)
-        training = Training(options, rank, nodes, device=device, **ddp_options)
         groups = nodes if options.hierarchical else None
-        for round_ in range(ROUNDS):
-            reference_round(simulation, round_, options, micro_batches, groups)
-            for micro_batch in range(micro_batches):
-                training.backward(round_, micro_batch, last=micro_batch == micro_batches - 1)
-            training.step()
-            training.check(simulation.weights[rank], f"{what}, round {round_}")
-        assert training.replica.algorithm.state_dict() == {"rounds": ROUNDS}
-        check_consensus(training, simulation, groups, what)
-        training.replica.close()
+        with mixed_training(options, nodes, device=device, **ddp_options) as training:
+            for round_ in range(ROUNDS):
+                reference_round(simulation, round_, options, micro_batches, groups)
+                training.round(*(inputs_of(rank, round_, k).to(device) for k in range(micro_batches)))
+                training.assert_weights(simulation.weights[rank], f"{what}, round {round_}")
+            assert training.replica.algorithm.state_dict() == {"rounds": ROUNDS}
+            check_consensus(training, simulation, groups, what)
     return True
 
 
@@ -71,12 +79,12 @@ def check_consensus(training, simulation, nodes, what):
     # Neither numbers in floating point nor equal: rank 0's stay.
     for rank, model in enumerate(simulation.models):
         model.counts.fill_(rank == 0)
-    training.ddp.module.counts.fill_(training.rank == 0)
+    training.model.counts.fill_(training.rank == 0)
     expected = consensus([[tensor.cpu() for tensor in model.state_dict().values()] for model in simulation.models], nodes)
     for times in range(2):
         training.replica.consensus()
         for name, wanted in zip(simulation.models[0].state_dict(), expected, strict=True):
-            assert_same_bits(training.ddp.module.state_dict()[name], wanted, f"{what}, consensus {times}, {name}")
+            assert_same_bits(training.model.state_dict()[name], wanted, f"{what}, consensus {times}, {name}")
 
 
 PAIRS = ((0, 1), (2, 3))
@@ -114,50 +122,51 @@ def test_every_rank_holds_the_specified_weights(world_size, cases):
     run_ranks(check, world_size, cases)
 
 
-def between_micro_batches(rank, world_size):
-    for options in (Decentralized(), LowPrecisionDecentralized()):
-        simulation, training = Simulation(world_size), Training(options, rank)
-        simulation.backward(0)
-        training.backward(0)
-        simulation.step()
-        training.step()
-        # With low_precision_decentralized the next round begins with an exchange of its own: not what this is about.
-        if isinstance(options, LowPrecisionDecentralized):
-            training.replica.consensus()
-            simulation.set_weights([consensus(simulation.weights)] * world_size)
-        assert_same_bits(trainable(training.ddp.module)[0], simulation.weights[rank][0], "before")
-        # An exchange is in flight, and gradients are there.
-        simulation.backward(1, 0)
-        training.backward(1, 0, last=False)
-        gradients = [p.grad.clone() for p in training.ddp.module.parameters() if p.grad is not None]
-        simulation.set_weights([consensus(simulation.weights)] * world_size)
+def between_micro_batches(rank, world_size, options):
+    is_ring = isinstance(options, LowPrecisionDecentralized)
+    simulation, training = Simulation(world_size), mixed_training(options)
+    simulation.backward(0)
+    training.round(inputs_of(rank, 0))
+    simulation.step()
+    training.optimizer.zero_grad()
+    # With low_precision_decentralized the next round begins with an exchange of its own: not what this is about.
+    if is_ring:
         training.replica.consensus()
-        training.check(simulation.weights[rank], "validation between micro-batches")
-        kept = [p.grad for p in training.ddp.module.parameters() if p.grad is not None]
-        for before, after in zip(gradients, kept, strict=True):
-            assert_same_bits(after, before, "partial gradients")
-        # What was in flight held weights from before; its mean must not come back.
-        simulation.backward(1, 1)
-        training.backward(1, 1)
-        simulation.step()
-        training.step()
-        training.check(simulation.weights[rank], "the step after it")
-        if isinstance(options, LowPrecisionDecentralized):
-            training.backward(2)
-            check_replicas(training)
-        training.replica.close()
+        simulation.set_weights([consensus(simulation.weights)] * world_size)
+    assert_same_bits(trainable(training.model)[0], simulation.weights[rank][0], "before")
+    # An exchange is in flight, and gradients are there.
+    simulation.backward(1, 0)
+    training.micro_batch(inputs_of(rank, 1, 0), last=False)
+    gradients = [p.grad.clone() for p in training.model.parameters() if p.grad is not None]
+    simulation.set_weights([consensus(simulation.weights)] * world_size)
+    training.replica.consensus()
+    training.assert_weights(simulation.weights[rank], "validation between micro-batches")
+    kept = [p.grad for p in training.model.parameters() if p.grad is not None]
+    for before, after in zip(gradients, kept, strict=True):
+        assert_same_bits(after, before, "partial gradients")
+    # What was in flight held weights from before; its mean must not come back.
+    simulation.backward(1, 1)
+    training.micro_batch(inputs_of(rank, 1, 1))
+    simulation.step()
+    training.optimizer.step()
+    training.assert_weights(simulation.weights[rank], "the step after it")
+    if is_ring:
+        training.backward(inputs_of(rank, 2))
+        check_replicas(training)
+    training.replica.close()
 
 
+@pytest.mark.parametrize("options", [Decentralized(), LowPrecisionDecentralized()], ids=lambda options: options.name)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_consensus_between_micro_batches_drops_what_is_in_flight(world_size):
+def test_consensus_between_micro_batches_drops_what_is_in_flight(world_size, options):
     """Catches a stale mean that overwrites the consensus, gradients that are lost, and replicas that are made anew from
     weights that have begun to differ."""
-    run_ranks(between_micro_batches, world_size)
+    run_ranks(between_micro_batches, world_size, options)
 
 
 def skipped_step(rank, world_size):
     options = Decentralized("shift_one")
-    simulation, training = Simulation(world_size, WithoutHalf), Training(options, rank, model=WithoutHalf)
+    simulation, training = Simulation(world_size, WithoutHalf), mixed_training(options, model=WithoutHalf)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
     for round_ in range(5):
         sent = simulation.weights
@@ -171,7 +180,7 @@ def skipped_step(rank, world_size):
         scaler.step(training.optimizer)
         scaler.update(1.0)
         if skipping is None:
-            training.check(simulation.weights[rank], f"round {round_}")
+            training.assert_weights(simulation.weights[rank], f"round {round_}")
     training.replica.close()
 
 
@@ -180,34 +189,38 @@ def test_a_step_skipped_on_one_rank_only_hangs_nobody():
     run_ranks(skipped_step, 2)
 
 
-def plain_loop(rank, world_size, path):
+def plain_loop(rank, world_size, path, name, options):
     """As the README has it: wrap, train, save, unwrap."""
-    for name, options in (("decentralized", {"communication_interval": 2}), ("low_precision_decentralized", {"codec": "bf16"})):
-        model = WithoutHalf()
-        optimizer = optimizer_of(model)
-        ddp = wrap(model, optimizer, name, find_unused_parameters=True, timeout=TIMEOUT, **options)
-        for round_ in range(3):
-            ddp(inputs_of(rank, round_)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        local = [tensor.clone() for tensor in trainable(model)]
-        save_checkpoint(f"{path}-{name}", ddp, optimizer)
-        agreed = [tensor.clone() for tensor in trainable(model)]
-        assert any(not torch.equal(*pair) for pair in zip(local, agreed, strict=True))
-        for key, tensor in torch.load(f"{path}-{name}", weights_only=True)["model"].items():
-            assert_same_bits(tensor, model.state_dict()[key], key)
-        ddp(inputs_of(rank, 3)).backward()
+    model = WithoutHalf()
+    optimizer = optimizer_of(model)
+    ddp = wrap(model, optimizer, name, find_unused_parameters=True, timeout=TIMEOUT, **options)
+    for round_ in range(3):
+        ddp(inputs_of(rank, round_)).backward()
         optimizer.step()
-        assert unwrap(ddp) is model
-        everywhere = [None] * world_size
-        dist.all_gather_object(everywhere, model.state_dict())
-        for key, tensor in everywhere[0].items():
-            assert_same_bits(model.state_dict()[key], tensor, key)
+        optimizer.zero_grad()
+    local = [tensor.clone() for tensor in trainable(model)]
+    save_checkpoint(path, ddp, optimizer)
+    agreed = [tensor.clone() for tensor in trainable(model)]
+    assert any(not torch.equal(*pair) for pair in zip(local, agreed, strict=True))
+    for key, tensor in torch.load(path, weights_only=True)["model"].items():
+        assert_same_bits(tensor, model.state_dict()[key], key)
+    ddp(inputs_of(rank, 3)).backward()
+    optimizer.step()
+    assert unwrap(ddp) is model
+    everywhere = [None] * world_size
+    dist.all_gather_object(everywhere, model.state_dict())
+    for key, tensor in everywhere[0].items():
+        assert_same_bits(model.state_dict()[key], tensor, key)
 
 
-def test_a_plain_loop_saves_and_ends_with_one_model(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("decentralized", {"communication_interval": 2}), ("low_precision_decentralized", {"codec": "bf16"})],
+    ids=["decentralized", "low_precision_decentralized"],
+)
+def test_a_plain_loop_saves_and_ends_with_one_model(tmp_path, name, options):
     """Catches files of rank 0's weights alone, and a model that differs between ranks once it is given back."""
-    run_ranks(plain_loop, 2, str(tmp_path / "checkpoint"))
+    run_ranks(plain_loop, 2, str(tmp_path / "checkpoint"), name, options)
 
 
 class Two(torch.nn.Module):
@@ -222,25 +235,28 @@ class Two(torch.nn.Module):
         return self.first(inputs).pow(2).sum(), self.second(inputs).pow(2).sum()
 
 
-def unusual_loops(rank, world_size):
-    # Two backwards over one graph: weights must not change between them.
-    simulation, training = Simulation(world_size), Training(Decentralized(), rank)
-    for round_ in range(3):
-        sent = simulation.weights
-        for r, model in enumerate(simulation.models):
-            loss = model(inputs_of(r, round_))
-            loss.backward(retain_graph=True)
-            loss.backward()
-        simulation.set_weights(decentralized(sent, round_))
-        simulation.step()
-        loss = training.ddp(inputs_of(rank, round_))
-        loss.backward(retain_graph=True)
-        loss.backward()
-        training.step()
-        training.check(simulation.weights[rank], f"retain_graph, round {round_}")
-    training.replica.close()
+def backward_twice(rank, world_size):
+    simulation = Simulation(world_size)
+    with mixed_training(Decentralized()) as training:
+        for round_ in range(3):
+            sent = simulation.weights
+            for r, model in enumerate([*simulation.models, training.ddp]):
+                loss = model(inputs_of(r if r < world_size else rank, round_))
+                loss.backward(retain_graph=True)
+                loss.backward()
+            simulation.set_weights(decentralized(sent, round_))
+            simulation.step()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            training.assert_weights(simulation.weights[rank], f"round {round_}")
 
-    # Two optimizers, two steps, one exchange.
+
+def test_a_graph_may_be_gone_through_twice():
+    """Catches weights that change inside a backward, or between two backwards over one graph."""
+    run_ranks(backward_twice, 2)
+
+
+def two_optimizers(rank, world_size):
     models = [Two() for _ in range(world_size)]
     ddp = DistributedDataParallel(Two(), find_unused_parameters=True)
     made = [[torch.optim.SGD(part.parameters(), lr=0.01) for part in (m.first, m.second)] for m in [*models, ddp.module]]
@@ -250,21 +266,20 @@ def unusual_loops(rank, world_size):
         for r, model in enumerate(models):
             sum(model(inputs_of(r, round_))).backward()
         for model, weights in zip(models, decentralized(sent, round_, "shift_one"), strict=True):
-            for target, value in zip(trainable(model), weights, strict=True):
-                target.copy_(value)
+            set_weights(model, weights)
         sum(ddp(inputs_of(rank, round_))).backward()
         for optimizer in [optimizer for pair in made for optimizer in pair]:
             optimizer.step()
             optimizer.zero_grad()
         for got, wanted in zip(trainable(ddp.module), trainable(models[rank]), strict=True):
-            assert_same_bits(got, wanted, f"two optimizers, round {round_}")
+            assert_same_bits(got, wanted, f"round {round_}")
     assert replica.rounds == 3
     replica.close()
 
 
-def test_retain_graph_and_two_optimizers():
-    """Catches weights that change inside a backward, and a second optimizer's step that exchanges again."""
-    run_ranks(unusual_loops, 2)
+def test_two_optimizers_make_one_exchange():
+    """Catches a second optimizer's step that exchanges again."""
+    run_ranks(two_optimizers, 2)
 
 
 def refused(rank, world_size):
@@ -372,19 +387,17 @@ def bytes_of(rank, world_size, algorithms):
     shares = []
     for algorithm in algorithms:
         torch.manual_seed(0)
-        ddp = DistributedDataParallel(torch.nn.Linear(4, 20_000))
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
         held = []
-        for round_ in range(12):
-            ddp(inputs_of(rank, round_)).sum().backward()
-            optimizer.step()
-            held.append(replica.algorithm._queue.scratch.allocated_bytes)
-        assert len(set(held[4:])) == 1, f"memory that grows: {held}"
-        numel = sum(parameter.numel() for parameter in ddp.parameters())
-        assert replica.statistics.full_precision_bytes == 12 * 8 * (world_size - 1) * numel // world_size
-        shares.append(replica.statistics.sent_bytes / (12 * numel))
-        replica.close()
+        with Training(torch.nn.Linear(4, 20_000), algorithm, partial(torch.optim.SGD, lr=0.1)) as training:
+            for round_ in range(12):
+                training.ddp(inputs_of(rank, round_)).sum().backward()
+                training.optimizer.step()
+                held.append(training.scratch_bytes)
+            assert len(set(held[4:])) == 1, f"memory that grows: {held}"
+            numel = sum(parameter.numel() for parameter in training.model.parameters())
+            statistics = training.replica.statistics
+        assert statistics.full_precision_bytes == 12 * 8 * (world_size - 1) * numel // world_size
+        shares.append(statistics.sent_bytes / (12 * numel))
     return shares
 
 
@@ -420,22 +433,20 @@ def memory(rank, world_size):
         LowPrecisionDecentralized(),
         AsyncAverage(sync_interval_ms=1),
     ):
-        ddp = DistributedDataParallel(torch.nn.Linear(4, 20_000))
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)
-        replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
-        bound = replica.algorithm
+        training = Training(torch.nn.Linear(4, 20_000), algorithm, partial(torch.optim.SGD, lr=0.0))
+        replica, bound = training.replica, training.replica.algorithm
         kept = [*bound.buffers, *(bound.meetings.corrections if isinstance(algorithm, AsyncAverage) else ())]
         kept += [tensor for ring in getattr(bound, "rings", ()) for tensor in (ring.own, ring.left, ring.right)]
         for round_ in range(8):
-            ddp(inputs_of(rank, round_)).sum().backward()
-            optimizer.step()
+            training.ddp(inputs_of(rank, round_)).sum().backward()
+            training.optimizer.step()
             if round_ == 3:
-                before = sum(queue.scratch.allocated_bytes for queue in replica.communicator.queues)
+                before = training.scratch_bytes
                 replica.consensus()
         if isinstance(algorithm, AsyncAverage):
             replica.pause()  # its thread has averaged, or may be about to
-        after = sum(queue.scratch.allocated_bytes for queue in replica.communicator.queues)
-        weights = sum(4 * parameter.numel() for parameter in ddp.parameters())
+        after = training.scratch_bytes
+        weights = sum(4 * parameter.numel() for parameter in training.model.parameters())
         held.append([(sum(tensor.nbytes for tensor in kept) + scratch) / weights for scratch in (before, after)])
         replica.close()
     return held
@@ -456,7 +467,7 @@ def left_alone(rank, world_size, algorithm, is_killed):
     model.unused.requires_grad_(False)
     ddp = DistributedDataParallel(model)
     optimizer = optimizer_of(ddp.module)
-    replica = Replica(ddp, algorithm, [optimizer], timeout=timedelta(seconds=30))
+    replica = Replica(ddp, algorithm, [optimizer], timeout=TIMEOUT)
     for round_ in range(6):
         if round_ == 3 and rank == world_size - 1:
             if is_killed:

@@ -1,6 +1,6 @@
 """Error feedback through a real DDP and real optimizers: every rank against the specification, to the bit."""
 
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.models import GivenGradients, assert_gradients, few_kinds
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
+from helpers.training import TIMEOUT, Training
 from lightning_accel import ByteGrad, Replica
 from lightning_accel.reference.bytegrad import bytegrad
 from lightning_accel.reference.collectives import Residuals
@@ -16,17 +17,7 @@ from lightning_accel.reference.collectives import Residuals
 CODECS = ("int4", "sign", "int8", "minmax_uint8", "bf16")
 
 
-class Trainer:
-    """One rank's model, with an optimizer that steps when told to."""
-
-    def __init__(self, gradients, algorithm, node_name="a", device="cpu", **options) -> None:
-        self.ddp = DistributedDataParallel(GivenGradients(gradients).to(device), **options)
-        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3)
-        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=timedelta(seconds=30), node_name=node_name)
-
-    def backward(self, gradients) -> None:
-        self.optimizer.zero_grad()
-        self.ddp(gradients).backward()
+SGD = partial(torch.optim.SGD, lr=1e-3)
 
 
 def zeros(of_ranks, num_workers: int) -> list[Residuals]:
@@ -35,17 +26,15 @@ def zeros(of_ranks, num_workers: int) -> list[Residuals]:
 
 def check(rank, world_size, codec, nodes, device="cpu"):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(5)]
-    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
     for options in ({"bucket_cap_mb": 25}, {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}):
         algorithm = ByteGrad(codec, error_feedback=True, hierarchical=nodes is not None)
-        trainer = Trainer(steps[0][rank], algorithm, name, device, **options)
         residuals = zeros(steps[0], len(nodes) if nodes else world_size)
-        for step, of_ranks in enumerate(steps):
-            trainer.backward(of_ranks[rank])
-            expected = bytegrad(of_ranks, codec, nodes=nodes, residuals=residuals)
-            assert_gradients(trainer.ddp.module, expected, f"{codec}, {options}, step {step}")
-            trainer.optimizer.step()
-        trainer.replica.close()
+        with Training(GivenGradients(steps[0][rank]), algorithm, SGD, nodes=nodes, device=device, **options) as training:
+            for step, of_ranks in enumerate(steps):
+                training.backward(of_ranks[rank])
+                expected = bytegrad(of_ranks, codec, nodes=nodes, residuals=residuals)
+                assert_gradients(training.model, expected, f"{codec}, {options}, step {step}")
+                training.optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -59,18 +48,18 @@ def test_residuals_travel_as_specified(world_size, nodes):
 
 def skip_steps(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
-    trainer = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=0.02)
+    training = Training(GivenGradients(steps[0][rank]), ByteGrad("sign"), SGD, bucket_cap_mb=0.02)
     residuals = zeros(steps[0], world_size)
     for step, of_ranks in enumerate(steps):
         before = [Residuals([*kept.workers], kept.server) for kept in residuals]
-        trainer.backward(of_ranks[rank])
+        training.backward(of_ranks[rank])
         expected = bytegrad(of_ranks, "sign", residuals=residuals)
-        assert_gradients(trainer.ddp.module, expected, f"step {step}")
+        assert_gradients(training.model, expected, f"step {step}")
         if step in (1, 2, 4):  # as a gradient scaler does
             residuals = before
         else:
-            trainer.optimizer.step()
-    trainer.replica.close()
+            training.optimizer.step()
+    training.replica.close()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -84,7 +73,7 @@ def take_turns(rank, world_size):
     ddp = DistributedDataParallel(GivenGradients(steps[0][rank]), bucket_cap_mb=0.02)
     first, *rest = ddp.parameters()
     optimizers = [torch.optim.SGD([first], lr=1e-3), torch.optim.SGD(rest, lr=1e-3)]
-    replica = Replica(ddp, ByteGrad("sign"), optimizers, timeout=timedelta(seconds=30))
+    replica = Replica(ddp, ByteGrad("sign"), optimizers, timeout=TIMEOUT)
     residuals = zeros(steps[0], world_size)
     for step, of_ranks in enumerate(steps):
         before = [Residuals([*kept.workers], kept.server) for kept in residuals]
@@ -111,15 +100,15 @@ def test_optimizers_that_step_in_turn_keep_their_own_residuals(world_size):
 def poison(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(4)]
     steps[1][1][1][1000] = float("nan")
-    trainer = Trainer(steps[0][rank], ByteGrad("int4"), bucket_cap_mb=0.02)
+    training = Training(GivenGradients(steps[0][rank]), ByteGrad("int4"), SGD, bucket_cap_mb=0.02)
     residuals = zeros(steps[0], world_size)
     for step, of_ranks in enumerate(steps):
-        trainer.backward(of_ranks[rank])
+        training.backward(of_ranks[rank])
         expected = bytegrad(of_ranks, "int4", residuals=residuals)
-        assert_gradients(trainer.ddp.module, expected, f"step {step}")
-        assert trainer.ddp.module.p1.grad.isnan().sum() == (128 if step == 1 else 0)
-        trainer.optimizer.step()
-    trainer.replica.close()
+        assert_gradients(training.model, expected, f"step {step}")
+        assert training.model.p1.grad.isnan().sum() == (128 if step == 1 else 0)
+        training.optimizer.step()
+    training.replica.close()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -130,23 +119,23 @@ def test_a_poisoned_block_keeps_its_residual(world_size):
 
 def save_and_go_on(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
-    trainer = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=0.02)
+    training = Training(GivenGradients(steps[0][rank]), ByteGrad("sign"), SGD, bucket_cap_mb=0.02)
     for of_ranks in steps[:3]:
-        trainer.backward(of_ranks[rank])
-        trainer.optimizer.step()
-    state = trainer.replica.algorithm.rank_state_dict()
-    other = Trainer(steps[0][rank], ByteGrad("sign"), bucket_cap_mb=25)
+        training.backward(of_ranks[rank])
+        training.optimizer.step()
+    state = training.replica.algorithm.rank_state_dict()
+    other = Training(GivenGradients(steps[0][rank]), ByteGrad("sign"), SGD, bucket_cap_mb=25)
     other.replica.algorithm.load_rank_state_dict(state)
     for of_ranks in steps[3:]:
-        for each in (trainer, other):
+        for each in (training, other):
             each.backward(of_ranks[rank])
             each.optimizer.step()
-        for one, two in zip(trainer.ddp.parameters(), other.ddp.parameters(), strict=True):
+        for one, two in zip(training.ddp.parameters(), other.ddp.parameters(), strict=True):
             assert_same_bits(one.grad, two.grad)
-    smaller = Trainer(steps[0][rank][:3], ByteGrad("sign"))
+    smaller = Training(GivenGradients(steps[0][rank][:3]), ByteGrad("sign"), SGD)
     with pytest.raises(ValueError, match=r"worker residuals have .* another model, number of ranks or hierarchy"):
         smaller.replica.algorithm.load_rank_state_dict(state)
-    for each in (trainer, other, smaller):
+    for each in (training, other, smaller):
         each.replica.close()
 
 
@@ -158,11 +147,11 @@ def test_residuals_are_saved_and_restored(world_size):
 
 def count_bytes(rank, world_size, codec):
     numel = 512 * 400
-    trainer = Trainer([torch.zeros(numel)], ByteGrad(codec))
+    training = Training(GivenGradients([torch.zeros(numel)]), ByteGrad(codec), SGD)
     for _ in range(3):
-        trainer.backward([torch.ones(numel)])
-    statistics = trainer.replica.statistics
-    trainer.replica.close()
+        training.backward([torch.ones(numel)])
+    statistics = training.replica.statistics
+    training.replica.close()
     return statistics.full_precision_bytes / statistics.sent_bytes
 
 
@@ -176,7 +165,7 @@ def test_bytes_are_as_promised(codec, ratio):
 def warn(rank, world_size):
     ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
     with pytest.warns(UserWarning, match="sign.*qadam") if rank == 0 else pytest.MonkeyPatch.context():
-        Replica(ddp, ByteGrad("sign"), timeout=timedelta(seconds=30)).close()
+        Replica(ddp, ByteGrad("sign"), timeout=TIMEOUT).close()
 
 
 def test_sign_on_raw_gradients_warns_once():

@@ -8,26 +8,23 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from helpers import programs
 from helpers.models import GivenGradients, few_kinds
 from helpers.ranks import own_threads, run_ranks
-from helpers.tensors import assert_same_bits
-from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce, Replica
-from lightning_accel.background import failure
+from helpers.training import TIMEOUT, Training
+from lightning_accel import ByteGrad, CommunicationError, GradientAllReduce
+from lightning_accel.background import comm_queue, communicator, failure
 from lightning_accel.compression import operations
 from lightning_accel.reference.bytegrad import bytegrad
 from lightning_accel.reference.gradient_allreduce import gradient_allreduce
 from lightning_accel.transport.group import Group
-
-TIMEOUT_SECONDS = 30.0
-"""Of a collective, where nothing should come near it."""
 
 MOMENTS_SECONDS = 8.0
 """What "in moments, not at the timeout" means on a busy machine; alone it takes a tenth of a second."""
@@ -37,17 +34,15 @@ STEPS = 6
 RATE = 0.5
 
 
-class Training:
-    """Steps with given gradients, the clock, and the weights that the specification says they lead to."""
+class FailingTraining(Training):
+    """Steps with given gradients until they fail, the clock, and the weights that the specification says they lead to."""
 
-    def __init__(self, rank, world_size, algorithm, *, timeout_seconds=TIMEOUT_SECONDS, node_name="a"):
-        self.rank, self.world_size, self.algorithm = rank, world_size, algorithm
+    def __init__(self, rank, world_size, algorithm, *, timeout=TIMEOUT, nodes=None):
+        self.algorithm = algorithm
         self.gradients = [[few_kinds(r, step) for r in range(world_size)] for step in range(STEPS)]
         # From 0.02 megabytes on a bucket is closed: three of them.
-        self.ddp = DistributedDataParallel(GivenGradients(self.gradients[0][0]), bucket_cap_mb=0.02)
-        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=RATE)
-        timeout = timedelta(seconds=timeout_seconds)
-        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=timeout, node_name=node_name)
+        options = {"timeout": timeout, "nodes": nodes, "bucket_cap_mb": 0.02}
+        super().__init__(GivenGradients(self.gradients[0][0]), algorithm, partial(torch.optim.SGD, lr=RATE), **options)
         self.steps = 0
 
     def run(self, before_backward=lambda step: None):
@@ -73,8 +68,7 @@ class Training:
             for parameter, gradient in zip(expected.parameters(), reference(self.gradients[step]), strict=True):
                 parameter.grad = gradient
             optimizer.step()
-        for (name, parameter), wanted in zip(self.ddp.module.named_parameters(), expected.parameters(), strict=True):
-            assert_same_bits(parameter, wanted.detach(), f"rank {self.rank} after {self.steps} steps, {name}")
+        self.assert_weights(expected.parameters(), f"after {self.steps} steps")
 
     def check_end(self):
         """The error comes again at the next forward; closing is quick, complete, and may be repeated."""
@@ -99,16 +93,12 @@ def check_message(error, algorithm, rank, world_size):
     assert error.__cause__ is not None
 
 
-def name_of_node(rank, nodes):
-    return next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
-
-
 def killed(rank, world_size, algorithm, nodes):
-    training = Training(rank, world_size, algorithm, node_name=name_of_node(rank, nodes))
+    training = FailingTraining(rank, world_size, algorithm, nodes=nodes)
 
     def kill(step):
         if step == FAULTY_STEP and rank == world_size - 1:
-            training.ddp.module.p1.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+            training.model.p1.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
 
     error, seconds = training.run(kill)
     assert seconds < MOMENTS_SECONDS, seconds
@@ -135,7 +125,7 @@ def test_a_killed_rank_ends_those_that_share_no_group_with_it():
 
 
 def stopped(rank, world_size, algorithm, timeout_seconds):
-    training = Training(rank, world_size, algorithm, timeout_seconds=timeout_seconds)
+    training = FailingTraining(rank, world_size, algorithm, timeout=timedelta(seconds=timeout_seconds))
 
     def stop(step):
         if step == FAULTY_STEP and rank == world_size - 1:
@@ -156,7 +146,7 @@ def test_a_rank_that_is_stuck_ends_the_others_at_their_timeout(algorithm):
 
 
 def break_on_one_rank(rank, world_size, algorithm, operation, at_call, nodes):
-    training = Training(rank, world_size, algorithm, node_name=name_of_node(rank, nodes))
+    training = FailingTraining(rank, world_size, algorithm, nodes=nodes)
     module = dist if operation == "all_reduce" else operations
     original, calls = getattr(module, operation), []
 
@@ -213,7 +203,7 @@ def test_an_all_reduce_that_fails_on_one_rank_ends_all_ranks(at_call):
 
 
 def break_in_hook(rank, world_size):
-    training = Training(rank, world_size, ByteGrad())
+    training = FailingTraining(rank, world_size, ByteGrad())
     original, calls = training.replica.algorithm.reduce_gradients, []
 
     def broken(bucket, label):
@@ -245,7 +235,7 @@ class UsersError(Exception):
 
 
 def leave(rank, world_size):
-    training = Training(rank, world_size, ByteGrad())
+    training = FailingTraining(rank, world_size, ByteGrad())
 
     def fail(step):
         if step == FAULTY_STEP and rank == 1:
@@ -270,8 +260,8 @@ def test_a_rank_that_leaves_with_its_own_error_ends_the_others():
 
 
 def hang(rank, world_size):
-    failure.GRACE_SECONDS = 1.0
-    training = Training(rank, world_size, ByteGrad(), timeout_seconds=2.0)
+    communicator.GRACE_SECONDS = comm_queue.GRACE_SECONDS = 1.0
+    training = FailingTraining(rank, world_size, ByteGrad(), timeout=timedelta(seconds=2))
     decode, released = operations.decode, threading.Event()
 
     def stuck(*args):
@@ -299,7 +289,7 @@ def test_a_procedure_that_never_ends_does_not_hold_its_own_rank():
 
 
 def interrupt(rank, world_size, algorithm, folder):
-    training = Training(rank, world_size, algorithm)
+    training = FailingTraining(rank, world_size, algorithm)
     heard, waits = Path(folder) / "heard", Path(folder) / "waits"
     if rank == 0:
         (Path(folder) / "pid").write_text(str(os.getpid()))

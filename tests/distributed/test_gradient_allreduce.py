@@ -1,7 +1,6 @@
 """gradient_allreduce: DDP to the bit where it is flat, its specification to the bit where it is hierarchical."""
 
 import contextlib
-from datetime import timedelta
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.models import GivenGradients, all_kinds, assert_gradients
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
+from helpers.training import TIMEOUT, Training
 from lightning_accel import GradientAllReduce, Replica
 from lightning_accel.reference.gradient_allreduce import gradient_allreduce
 
-TIMEOUT = timedelta(seconds=30)
 STEPS = 20
 
 
@@ -102,12 +101,11 @@ def test_gradients_equal_ddp_and_the_sum_is_a_multiple(world_size):
 def compare_specification(rank, world_size, device="cpu"):
     of_ranks = [all_kinds(r) for r in range(world_size)]
     for average in (True, False):
-        ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]).to(device), bucket_cap_mb=1)
-        replica = Replica(ddp, GradientAllReduce(average=average), timeout=TIMEOUT)
-        ddp(of_ranks[rank]).backward()
-        replica.close()
+        algorithm = GradientAllReduce(average=average)
+        with Training(GivenGradients(of_ranks[rank]), algorithm, device=device, bucket_cap_mb=1) as training:
+            training.backward(of_ranks[rank])
         expected = gradient_allreduce(of_ranks, average=average)
-        for place, (parameter, wanted) in enumerate(zip(ddp.parameters(), expected, strict=True)):
+        for place, (parameter, wanted) in enumerate(zip(training.model.parameters(), expected, strict=True)):
             gradient = parameter.grad.cpu()
             assert torch.equal(gradient.isfinite(), wanted.isfinite()), place
             # n divisions and n - 1 sums, in any order: each rounds by half a unit of at most the sum of magnitudes; a
@@ -127,19 +125,15 @@ def test_flat_is_the_specified_mean_within_rounding(world_size):
 
 
 def check_nodes(rank, world_size, nodes, device="cpu"):
-    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
     of_ranks = [all_kinds(r) for r in range(world_size)]
     for average in (True, False):
         expected = gradient_allreduce(of_ranks, nodes=nodes, average=average)
         for ddp_options in ({"bucket_cap_mb": 1}, {"bucket_cap_mb": 25, "gradient_as_bucket_view": True}):
-            ddp = DistributedDataParallel(GivenGradients(of_ranks[rank]).to(device), **ddp_options)
             algorithm = GradientAllReduce(hierarchical=True, average=average)
-            replica = Replica(ddp, algorithm, timeout=TIMEOUT, node_name=name)
-            for step in range(3):
-                ddp.zero_grad()
-                ddp(of_ranks[rank]).backward()
-                assert_gradients(ddp.module, expected, f"average {average}, {ddp_options}, step {step}")
-            replica.close()
+            with Training(GivenGradients(of_ranks[rank]), algorithm, nodes=nodes, device=device, **ddp_options) as training:
+                for step in range(3):
+                    training.backward(of_ranks[rank])
+                    assert_gradients(training.model, expected, f"average {average}, {ddp_options}, step {step}")
 
 
 @pytest.mark.parametrize("nodes", [((0,),), ((0, 1),), ((0, 1, 2),), ((0,), (1,)), ((0, 1), (2, 3)), ((0, 3), (1, 2))], ids=str)
@@ -149,9 +143,8 @@ def test_hierarchical_is_as_specified(nodes):
 
 
 def refuse(rank, world_size):
-    ddp = DistributedDataParallel(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="equally many ranks on every node: got 1, 2"):
-        Replica(ddp, GradientAllReduce(hierarchical=True), timeout=TIMEOUT, node_name="a" if rank < 1 else "b")
+        Training(torch.nn.Linear(3, 3), GradientAllReduce(hierarchical=True), nodes=[[0], [1, 2]])
 
 
 def test_uneven_nodes_are_refused_on_all_ranks():

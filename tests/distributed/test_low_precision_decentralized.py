@@ -5,7 +5,7 @@ import torch
 
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
-from helpers.weights import Simulation, Training, check_replicas, trainable
+from helpers.weights import Simulation, check_replicas, inputs_of, mixed_training, trainable
 from lightning_accel import LowPrecisionDecentralized as Options
 from lightning_accel.reference.low_precision_decentralized import LowPrecisionDecentralized as Reference
 
@@ -17,7 +17,7 @@ def check(rank, world_size, cases, device="cpu"):
     for options, micro_batches, nodes, rounds in cases:
         what = f"{options}, {micro_batches} micro-batches, nodes {nodes}"
         simulation = Simulation(world_size, device=device)
-        training = Training(options, rank, nodes, device=device, gradient_as_bucket_view=True)
+        training = mixed_training(options, nodes, device=device, gradient_as_bucket_view=True)
         groups = nodes if options.hierarchical else None
         reference = Reference(simulation.weights[0], world_size, options.codec, nodes=groups)
         has_ring = len(reference.nodes) > 1
@@ -26,15 +26,14 @@ def check(rank, world_size, cases, device="cpu"):
                 simulation.set_weights(reference.exchange(simulation.weights))
             for micro_batch in range(micro_batches):
                 simulation.backward(round_, micro_batch)
-                training.backward(round_, micro_batch, last=micro_batch == micro_batches - 1)
             simulation.step()
-            training.step()
-            training.check(simulation.weights[rank], f"{what}, round {round_}")
+            training.round(*(inputs_of(rank, round_, k).to(device) for k in range(micro_batches)))
+            training.assert_weights(simulation.weights[rank], f"{what}, round {round_}")
             if round_ == rounds // 2:  # validation
                 agreed = reference.consensus(simulation.weights) if world_size > 1 else simulation.weights[0]
                 simulation.set_weights([agreed] * world_size)
                 training.replica.consensus()
-                training.check(agreed, f"{what}, consensus")
+                training.assert_weights(agreed, f"{what}, consensus")
         if has_ring:
             check_replicas(training)
         check_consensus(training, simulation, what)
@@ -45,7 +44,7 @@ def check_consensus(training, simulation, what):
     """The ranks' weights are apart, and then they are not."""
     assert len(simulation.models) == 1 or (torch.stack([w[0] for w in simulation.weights]).std(0, correction=0) > 0).any()
     training.replica.consensus()
-    mine = torch.cat([tensor.double().flatten() for tensor in trainable(training.ddp.module)])
+    mine = torch.cat([tensor.double().flatten() for tensor in trainable(training.model)])
     assert mine.isfinite().all()
     lowest, highest = mine.clone(), mine.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
@@ -95,10 +94,10 @@ def test_every_rank_holds_the_specified_weights(world_size, cases):
 
 def agreement(rank, world_size):
     """Without gradients the ring's weights meet in their mean, which the exchange keeps but for rounding."""
-    training = Training(Options(), rank)
+    training = mixed_training(Options())
     algorithm = training.replica.algorithm
     algorithm.before_forward()
-    weights = trainable(training.ddp.module)
+    weights = trainable(training.model)
     weights[0].add_(rank)
     before = float(weights[0].double().mean())
     spreads = []
@@ -126,25 +125,23 @@ def resumed(rank, world_size):
     """The same weights and the counter are all that a checkpoint needs: replicas follow from them."""
     ended = []
     for is_resumed in (False, True):
-        training = Training(Options(communication_interval=2), rank)
+        training = mixed_training(Options(communication_interval=2))
         for round_ in range(5):
-            training.backward(round_)
-            training.step()
+            training.round(inputs_of(rank, round_))
         training.replica.consensus()
         if is_resumed:
-            state, model = training.replica.state_dict(), {k: v.clone() for k, v in training.ddp.module.state_dict().items()}
+            state, model = training.replica.state_dict(), {k: v.clone() for k, v in training.model.state_dict().items()}
             momentum = training.optimizer.state_dict()
             training.replica.close()
-            training = Training(Options(communication_interval=2), rank)
-            training.ddp.module.load_state_dict(model)
+            training = mixed_training(Options(communication_interval=2))
+            training.model.load_state_dict(model)
             training.optimizer.load_state_dict(momentum)
             training.replica.load_state_dict(state)
             assert training.replica.algorithm.rounds == 5
         for round_ in range(5, 9):
-            training.backward(round_)
-            training.step()
+            training.round(inputs_of(rank, round_))
         check_replicas(training)
-        ended.append([tensor.clone() for tensor in trainable(training.ddp.module)])
+        ended.append([tensor.clone() for tensor in trainable(training.model)])
         training.replica.close()
     for uninterrupted, again in zip(*ended, strict=True):
         assert_same_bits(again, uninterrupted, "after resume")

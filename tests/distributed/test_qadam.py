@@ -1,8 +1,7 @@
 """qadam through a real DDP, on gloo: every rank against the specification, in both phases."""
 
-import contextlib
 import copy
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.models import GivenGradients
 from helpers.ranks import run_ranks
 from helpers.tensors import CODECS, assert_same_bits
+from helpers.training import TIMEOUT, Training
 from lightning_accel import ByteGrad, CommunicationError, QAdam, QAdamAlgorithm, Replica, wrap
 from lightning_accel.optim import Phase
 from lightning_accel.optim.frozen_variance import find_floors
 from lightning_accel.reference.bagua_qadam import BaguaQAdam as BaguaSpecification
 from lightning_accel.reference.qadam import QAdam as Specification
 
-TIMEOUT = timedelta(seconds=30)
 SIZES = (700, 20_000, 33, 1)
 
 
@@ -30,29 +29,22 @@ def gradients(world_size: int, step: int) -> list[list[torch.Tensor]]:
     ]
 
 
-class Trainer:
-    """One rank's model and optimizer, made from those of others too."""
+def training_of(algorithm, groups=None, *, nodes=None, device="cpu", **options):
+    """One rank's training; `groups` makes the optimizer's groups of the parameters, `options` are the optimizer's."""
+    torch.manual_seed(5)
+    model = GivenGradients([torch.zeros(numel) for numel in SIZES])
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    # The same implementation in warm-up as the specification's.
+    optimizer = partial(QAdam, foreach=False, **options)
+    make = optimizer if groups is None else lambda parameters: optimizer(groups(parameters))
+    options_of_ddp = {"bucket_cap_mb": 0.02, "gradient_as_bucket_view": True}
+    return Training(model, algorithm, make, nodes=nodes, device=device, **options_of_ddp)
 
-    def __init__(self, algorithm, groups=None, node_name="a", device="cpu", **options) -> None:
-        torch.manual_seed(5)
-        model = GivenGradients([torch.zeros(numel) for numel in SIZES])
-        for parameter in model.parameters():
-            parameter.data.normal_()
-        model.to(device)
-        self.start = [parameter.detach().clone() for parameter in model.parameters()]
-        self.ddp = DistributedDataParallel(model, bucket_cap_mb=0.02, gradient_as_bucket_view=True)
-        # The same implementation in warm-up as the specification's.
-        self.optimizer = QAdam(groups(model) if groups else model.parameters(), foreach=False, **options)
-        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT, node_name=node_name)
 
-    def step(self, own_gradients) -> None:
-        self.optimizer.zero_grad()
-        self.ddp(own_gradients).backward()
-        self.optimizer.step()
-
-    def assert_equals(self, wanted, what) -> None:
-        for k, (parameter, value) in enumerate(zip(self.ddp.module.parameters(), wanted, strict=True)):
-            assert_same_bits(parameter.data, value, f"{what}, parameter {k}")
+def weights(training):
+    """Copies, from which specifications start."""
+    return [parameter.detach().clone() for parameter in training.model.parameters()]
 
 
 def move(specification, device):
@@ -62,11 +54,10 @@ def move(specification, device):
 
 def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, nodes, device="cpu"):
     arguments = {"lr": 0.01, "warmup_steps": 3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    name = next(f"node {m}" for m, node in enumerate(nodes) if rank in node) if nodes else "a"
     algorithm = QAdamAlgorithm(codec, error_feedback, hierarchical=nodes is not None)
-    trainer = Trainer(algorithm, node_name=name, device=device, decoupled_weight_decay=decoupled, **arguments)
+    training = training_of(algorithm, nodes=nodes, device=device, decoupled_weight_decay=decoupled, **arguments)
     specification = Specification(
-        trainer.start,
+        weights(training),
         world_size,
         decoupled=decoupled,
         codec=codec,
@@ -79,14 +70,14 @@ def check(rank, world_size, codec, error_feedback, weight_decay, decoupled, node
         # Warm-up is torch's Adam, which rounds otherwise on a GPU; from then on every device has the same bits.
         place = device if step < 3 else "cpu"
         move(specification, place)
-        trainer.step(of_ranks[rank])
+        training.round(of_ranks[rank])
         specification.step([[gradient.to(place) for gradient in own] for own in of_ranks])
-        trainer.assert_equals(specification.parameters, f"{codec}, step {step}")
-        assert trainer.optimizer.steps == step + 1
-        for parameter, momentum in zip(trainer.ddp.parameters(), specification.momenta, strict=True):
-            assert_same_bits(trainer.optimizer.state[parameter]["exp_avg"], momentum, f"momentum, step {step}")
-    assert trainer.optimizer.phase is Phase.COMPRESSED
-    trainer.replica.close()
+        training.assert_weights(specification.parameters, f"{codec}, step {step}")
+        assert training.optimizer.steps == step + 1
+        for parameter, momentum in zip(training.ddp.parameters(), specification.momenta, strict=True):
+            assert_same_bits(training.optimizer.state[parameter]["exp_avg"], momentum, f"momentum, step {step}")
+    assert training.optimizer.phase is Phase.COMPRESSED
+    training.replica.close()
 
 
 def check_codecs(rank, world_size):
@@ -116,25 +107,25 @@ def test_without_error_feedback():
 
 
 def check_groups(rank, world_size):
-    def groups(model):
-        first, *rest = model.parameters()
+    def groups(parameters):
+        first, *rest = parameters
         return [{"params": [first], "lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}, {"params": rest}]
 
-    trainer = Trainer(QAdamAlgorithm("int8"), groups, lr=0.01, warmup_steps=2)
+    training = training_of(QAdamAlgorithm("int8"), groups, lr=0.01, warmup_steps=2)
     own = {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}
-    first = Specification(trainer.start[:1], world_size, warmup_steps=2, **own)
-    rest = Specification(trainer.start[1:], world_size, warmup_steps=2, lr=0.01)
-    scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 3, 0.5)
+    first = Specification(weights(training)[:1], world_size, warmup_steps=2, **own)
+    rest = Specification(weights(training)[1:], world_size, warmup_steps=2, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(training.optimizer, 3, 0.5)
     for step in range(6):
         of_ranks = gradients(world_size, step)
-        trainer.step(of_ranks[rank])
+        training.round(of_ranks[rank])
         first.step([own[:1] for own in of_ranks])
         rest.step([own[1:] for own in of_ranks])
-        trainer.assert_equals(first.parameters + rest.parameters, f"step {step}")
+        training.assert_weights(first.parameters + rest.parameters, f"step {step}")
         scheduler.step()
         if step in (2, 5):
             first.lr, rest.lr = first.lr * 0.5, rest.lr * 0.5
-    trainer.replica.close()
+    training.replica.close()
 
 
 def test_groups_have_their_own_betas_and_rates():
@@ -144,18 +135,18 @@ def test_groups_have_their_own_betas_and_rates():
 
 def check_bagua(rank, world_size):
     arguments = {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1}
-    trainer = Trainer(QAdamAlgorithm("minmax_uint8"), bagua_compat=True, **arguments)
-    specification = BaguaSpecification(trainer.start, world_size, codec="minmax_uint8", error_feedback=False, **arguments)
-    right = Specification(trainer.start, world_size, codec="minmax_uint8", **arguments)
+    training = training_of(QAdamAlgorithm("minmax_uint8"), bagua_compat=True, **arguments)
+    specification = BaguaSpecification(weights(training), world_size, codec="minmax_uint8", error_feedback=False, **arguments)
+    right = Specification(weights(training), world_size, codec="minmax_uint8", **arguments)
     for step in range(7):
         of_ranks = gradients(world_size, step)
-        trainer.step(of_ranks[rank])
+        training.round(of_ranks[rank])
         specification.step(of_ranks)
         right.step(of_ranks)
-        for parameter, wanted, other in zip(trainer.ddp.parameters(), specification.parameters, right.parameters, strict=True):
+        for parameter, wanted, other in zip(training.ddp.parameters(), specification.parameters, right.parameters, strict=True):
             assert torch.allclose(parameter, wanted, rtol=0, atol=1e-6), step
             assert step < 2 or len(other) < 700 or not torch.allclose(parameter, other, rtol=0, atol=1e-4)
-    trainer.replica.close()
+    training.replica.close()
 
 
 def test_bagua_compat_does_as_bagua_does():
@@ -163,19 +154,18 @@ def test_bagua_compat_does_as_bagua_does():
 
 
 def accumulate(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
-    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="sign")
+    training = training_of(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
+    specification = Specification(weights(training), world_size, lr=0.01, warmup_steps=2, codec="sign")
     for step in range(6):
         parts = [gradients(world_size, 3 * step + k) for k in range(3)]
-        trainer.optimizer.zero_grad(set_to_none=step % 2 == 0)
+        training.optimizer.zero_grad(set_to_none=step % 2 == 0)
         for k, part in enumerate(parts):
-            with trainer.ddp.no_sync() if k < 2 else contextlib.nullcontext():
-                trainer.ddp(part[rank]).backward()
-        trainer.optimizer.step()
+            training.micro_batch(part[rank], last=k == 2)
+        training.optimizer.step()
         sums = [[sum(tensors) for tensors in zip(*(part[r] for part in parts), strict=True)] for r in range(world_size)]
         specification.step(sums)
-        trainer.assert_equals(specification.parameters, f"step {step}")
-    trainer.replica.close()
+        training.assert_weights(specification.parameters, f"step {step}")
+    training.replica.close()
 
 
 def test_accumulated_gradients_fold_once():
@@ -184,18 +174,18 @@ def test_accumulated_gradients_fold_once():
 
 
 def forget_to_zero(rank, world_size, how):
-    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
-    trainer.step(gradients(world_size, 0)[rank])
+    training = training_of(QAdamAlgorithm("int8"), warmup_steps=1)
+    training.round(gradients(world_size, 0)[rank])
     own = gradients(world_size, 1)[rank]
-    trainer.step(own)
+    training.round(own)
     with pytest.raises(CommunicationError, match=r"call optimizer\.zero_grad"):
         if how == "step and no zero_grad":
-            trainer.ddp(own).backward()
+            training.ddp(own).backward()
         else:
-            trainer.optimizer.zero_grad()
-            trainer.ddp(own).backward()
-            trainer.ddp(own).backward()
-    trainer.replica.close()
+            training.optimizer.zero_grad()
+            training.ddp(own).backward()
+            training.ddp(own).backward()
+    training.replica.close()
 
 
 @pytest.mark.parametrize("how", ["step and no zero_grad", "two backwards"])
@@ -205,21 +195,21 @@ def test_a_backward_onto_momentum_is_refused(how):
 
 
 def zero_in_every_way(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
-    trainer.step(gradients(world_size, 0)[rank])
+    training = training_of(QAdamAlgorithm("int8"), warmup_steps=1)
+    training.round(gradients(world_size, 0)[rank])
     own = gradients(world_size, 1)[rank]
     for zero in (
-        trainer.optimizer.zero_grad,
-        trainer.ddp.zero_grad,
-        lambda: trainer.optimizer.zero_grad(set_to_none=False),
-        lambda: trainer.ddp.zero_grad(set_to_none=False),
+        training.optimizer.zero_grad,
+        training.ddp.zero_grad,
+        lambda: training.optimizer.zero_grad(set_to_none=False),
+        lambda: training.ddp.zero_grad(set_to_none=False),
     ):
         zero()
-        trainer.ddp(own).backward()
+        training.ddp(own).backward()
         zero()  # a batch that is thrown away: no step
-        trainer.ddp(own).backward()
-        trainer.optimizer.step()
-    trainer.replica.close()
+        training.ddp(own).backward()
+        training.optimizer.step()
+    training.replica.close()
 
 
 def test_gradients_may_be_zeroed_in_every_way():
@@ -228,18 +218,17 @@ def test_gradients_may_be_zeroed_in_every_way():
 
 
 def skip(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
-    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="sign")
+    training = training_of(QAdamAlgorithm("sign"), lr=0.01, warmup_steps=2)
+    specification = Specification(weights(training), world_size, lr=0.01, warmup_steps=2, codec="sign")
     for step in range(7):
         of_ranks = gradients(world_size, step)
         if step in (1, 4):  # a step that is not made, in each phase
-            trainer.optimizer.zero_grad()
-            trainer.ddp(of_ranks[rank]).backward()
+            training.backward(of_ranks[rank])
             continue
-        trainer.step(of_ranks[rank])
+        training.round(of_ranks[rank])
         specification.step(of_ranks)
-        trainer.assert_equals(specification.parameters, f"step {step}")
-    trainer.replica.close()
+        training.assert_weights(specification.parameters, f"step {step}")
+    training.replica.close()
 
 
 def test_a_step_that_is_not_made_changes_nothing():
@@ -248,16 +237,15 @@ def test_a_step_that_is_not_made_changes_nothing():
 
 
 def skip_on_one_rank(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=4)
+    training = training_of(QAdamAlgorithm("int8"), warmup_steps=4)
     phases = []
     for step in range(9):
         own = gradients(world_size, step)[rank]
-        trainer.optimizer.zero_grad()
-        trainer.ddp(own).backward()
-        phases.append(trainer.optimizer.phase is Phase.COMPRESSED)
+        training.backward(own)
+        phases.append(training.optimizer.phase is Phase.COMPRESSED)
         if not (rank == 1 and step == 2):
-            trainer.optimizer.step()
-    trainer.replica.close()
+            training.optimizer.step()
+    training.replica.close()
     return phases
 
 
@@ -267,15 +255,15 @@ def test_all_ranks_change_phase_together():
 
 
 def freeze_by_itself(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
+    training = training_of(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
     frozen = []
     for step in range(95):
         own = gradients(world_size, step)[rank]
         scale = 4 - min(step // 10, 3)  # the variance settles after that
-        trainer.step([scale * gradient for gradient in own])
-        frozen.append(trainer.optimizer.param_groups[0]["frozen_step"])
-    state = trainer.replica.state_dict()
-    trainer.replica.close()
+        training.round([scale * gradient for gradient in own])
+        frozen.append(training.optimizer.param_groups[0]["frozen_step"])
+    state = training.replica.state_dict()
+    training.replica.close()
     return next(step for step in frozen if step), state["algorithm"]["due_step"]
 
 
@@ -286,11 +274,11 @@ def test_warmup_may_end_by_itself():
 
 
 def freeze_at_the_floor(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
+    training = training_of(QAdamAlgorithm("int8"), betas=(0.5, 0.9), warmup_steps="auto")
     for _ in range(30):
-        trainer.step(gradients(world_size, 0)[rank])
-    trainer.replica.close()
-    return trainer.optimizer.param_groups[0]["frozen_step"]
+        training.round(gradients(world_size, 0)[rank])
+    training.replica.close()
+    return training.optimizer.param_groups[0]["frozen_step"]
 
 
 def test_warmup_ends_after_two_intervals_at_the_earliest():
@@ -299,25 +287,25 @@ def test_warmup_ends_after_two_intervals_at_the_earliest():
 
 def resume(rank, world_size, stop):
     arguments = {"lr": 0.01, "warmup_steps": 4}
-    trainer = Trainer(QAdamAlgorithm("sign"), **arguments)
+    training = training_of(QAdamAlgorithm("sign"), **arguments)
     for step in range(stop):
-        trainer.step(gradients(world_size, step)[rank])
+        training.round(gradients(world_size, step)[rank])
     saved = (
-        copy.deepcopy(trainer.optimizer.state_dict()),
-        trainer.replica.state_dict(),
-        trainer.replica.algorithm.rank_state_dict(),
+        copy.deepcopy(training.optimizer.state_dict()),
+        training.replica.state_dict(),
+        training.replica.algorithm.rank_state_dict(),
     )
-    again = Trainer(QAdamAlgorithm("sign"), **arguments)
-    for old, new in zip(trainer.ddp.parameters(), again.ddp.parameters(), strict=True):
+    again = training_of(QAdamAlgorithm("sign"), **arguments)
+    for old, new in zip(training.ddp.parameters(), again.ddp.parameters(), strict=True):
         new.data.copy_(old.data)
     again.optimizer.load_state_dict(saved[0])
     again.replica.load_state_dict(saved[1])
     again.replica.algorithm.load_rank_state_dict(saved[2])
     for step in range(stop, 9):
-        for each in (trainer, again):
-            each.step(gradients(world_size, step)[rank])
-        again.assert_equals([parameter.data for parameter in trainer.ddp.parameters()], f"step {step}")
-    trainer.replica.close()
+        for each in (training, again):
+            each.round(gradients(world_size, step)[rank])
+        again.assert_weights([parameter.data for parameter in training.ddp.parameters()], f"step {step}")
+    training.replica.close()
     again.replica.close()
 
 
@@ -451,16 +439,16 @@ def test_rows_never_seen_stay_and_rows_seen_late_learn(codec):
 
 
 def poisoned(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int4"), lr=0.01, warmup_steps=2)
-    specification = Specification(trainer.start, world_size, lr=0.01, warmup_steps=2, codec="int4")
+    training = training_of(QAdamAlgorithm("int4"), lr=0.01, warmup_steps=2)
+    specification = Specification(weights(training), world_size, lr=0.01, warmup_steps=2, codec="int4")
     for step in range(6):
         of_ranks = gradients(world_size, step)
         if step == 3:
             of_ranks[1][1][5000] = float("nan")
-        trainer.step(of_ranks[rank])
+        training.round(of_ranks[rank])
         specification.step(of_ranks)
-        trainer.assert_equals(specification.parameters, f"step {step}")
-    trainer.replica.close()
+        training.assert_weights(specification.parameters, f"step {step}")
+    training.replica.close()
 
 
 def test_a_poisoned_block_is_left_as_it_was():
@@ -469,16 +457,16 @@ def test_a_poisoned_block_is_left_as_it_was():
 
 
 def roll_back(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), lr=0.01, warmup_steps=6)
+    training = training_of(QAdamAlgorithm("int8"), lr=0.01, warmup_steps=6)
     for step in range(5):
         if step == 2:
-            saved = copy.deepcopy(trainer.optimizer.state_dict())
-        trainer.step(gradients(world_size, step)[rank])
-    trainer.optimizer.load_state_dict(saved)
+            saved = copy.deepcopy(training.optimizer.state_dict())
+        training.round(gradients(world_size, step)[rank])
+    training.optimizer.load_state_dict(saved)
     for step in range(8):
-        trainer.step(gradients(world_size, step)[rank])
-    trainer.replica.close()
-    return trainer.optimizer.param_groups[0]["frozen_step"]
+        training.round(gradients(world_size, step)[rank])
+    training.replica.close()
+    return training.optimizer.param_groups[0]["frozen_step"]
 
 
 def test_a_state_that_is_loaded_in_between_counts():
@@ -510,20 +498,20 @@ def test_a_momentum_in_another_memory_format_is_laid_anew_before_backward():
 
 
 def wait_for_nothing(rank, world_size):
-    trainer = Trainer(QAdamAlgorithm("int8"), warmup_steps=1)
-    trainer.step(gradients(world_size, 0)[rank])
-    trainer.step(gradients(world_size, 1)[rank])
+    training = training_of(QAdamAlgorithm("int8"), warmup_steps=1)
+    training.round(gradients(world_size, 0)[rank])
+    training.round(gradients(world_size, 1)[rank])
     read, plain = [], torch.Tensor.__bool__
     torch.Tensor.__bool__ = lambda tensor: read.append(tensor) or plain(tensor)
     try:
         for step in range(3):
-            loss = trainer.ddp(gradients(world_size, step)[rank])
-            trainer.optimizer.zero_grad()  # after the forward, as Lightning does
+            loss = training.ddp(gradients(world_size, step)[rank])
+            training.optimizer.zero_grad()  # after the forward, as Lightning does
             loss.backward()
-            trainer.optimizer.step()
+            training.optimizer.step()
     finally:
         torch.Tensor.__bool__ = plain
-    trainer.replica.close()
+    training.replica.close()
     return len(read)
 
 

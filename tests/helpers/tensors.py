@@ -80,3 +80,20 @@ def _with(values: torch.Tensor, place: int, value: float) -> torch.Tensor:
     values = values.clone()
     values[place] = value
     return values
+
+
+def assert_same_tree(actual: object, expected: object, what: str = "") -> None:
+    """Fails where two trees of dicts, lists, tensors and plain values differ in shape or in any bit, and names the place."""
+    assert isinstance(actual, type(expected)), f"{what}: {type(actual).__name__}, expected {type(expected).__name__}"
+    if isinstance(expected, torch.Tensor):
+        assert_same_bits(actual, expected, what)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), f"{what}: {sorted(map(str, actual))}, expected {sorted(map(str, expected))}"
+        for key, value in expected.items():
+            assert_same_tree(actual[key], value, f"{what}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), f"{what}: {len(actual)} items, expected {len(expected)}"
+        for place, value in enumerate(expected):
+            assert_same_tree(actual[place], value, f"{what}[{place}]")
+    else:
+        assert actual == expected, f"{what}: {actual!r}, expected {expected!r}"

@@ -1,17 +1,18 @@
 """Training whose gradients depend on the weights, on ranks and simulated in one process, to be compared to the bit."""
 
-import contextlib
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from helpers.tensors import assert_same_bits
-from lightning_accel import Algorithm, Replica
+from helpers.training import Training
+from lightning_accel import Algorithm
 
-TIMEOUT = timedelta(seconds=30)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.5)
+"""With state, and gradients that are scaled: a wrong order of step and exchange shows."""
 
 
 class Mixed(torch.nn.Module):
@@ -59,8 +60,8 @@ def inputs_of(rank: int, round_: int, micro_batch: int = 0) -> torch.Tensor:
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """With state, and gradients that are scaled: an order of step and exchange that is wrong shows."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
+    """Makes the optimizer of the model's parameters that need a gradient."""
+    return SGD([p for p in model.parameters() if p.requires_grad])
 
 
 def trainable(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -109,40 +110,11 @@ class Simulation:
             optimizer.zero_grad()
 
 
-class Training:
-    """One rank's part of the same, through DDP and an algorithm."""
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        rank: int,
-        nodes: Sequence[Sequence[int]] | None = None,
-        *,
-        model: type = Mixed,
-        device: str = "cpu",
-        **options,
-    ) -> None:
-        self.rank, self.device = rank, device
-        name = "a" if nodes is None else next(f"node {m}" for m, node in enumerate(nodes) if rank in node)
-        self.ddp = DistributedDataParallel(model().to(device), find_unused_parameters=True, **options)
-        self.optimizer = optimizer_of(self.ddp.module)
-        self.replica = Replica(self.ddp, algorithm, [self.optimizer], timeout=TIMEOUT, node_name=name)
-
-    def backward(self, round_: int, micro_batch: int = 0, *, last: bool = True) -> None:
-        """One micro-batch."""
-        with contextlib.nullcontext() if last else self.ddp.no_sync():
-            self.ddp(inputs_of(self.rank, round_, micro_batch).to(self.device)).backward()
-
-    def step(self) -> None:
-        """Ends the round."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def check(self, expected: Sequence[torch.Tensor], what: object) -> None:
-        """The weights have the expected bits."""
-        names = [name for name, parameter in self.ddp.module.named_parameters() if parameter.requires_grad]
-        for name, got, wanted in zip(names, trainable(self.ddp.module), expected, strict=True):
-            assert_same_bits(got, wanted, f"rank {self.rank}, {what}, {name}")
+def mixed_training(
+    algorithm: Algorithm, nodes: Sequence[Sequence[int]] | None = None, *, model: type = Mixed, **options: Any
+) -> Training:
+    """One rank's part of what `Simulation` computes, through DDP and an algorithm."""
+    return Training(model(), algorithm, SGD, nodes=nodes, find_unused_parameters=True, **options)
 
 
 def check_replicas(training: Training) -> None:

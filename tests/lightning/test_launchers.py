@@ -132,7 +132,8 @@ def test_a_name_is_enough_with_each_of_lightnings_launchers(outcomes: Any, case:
     assert (outcome["folder"] / f"{name}main").exists() or (outcome["folder"] / f"{name}main0").exists(), outcome["errors"]
     first, second = (torch.load(outcome["folder"] / f"{name}{rank}") for rank in (0, 1))
     assert torch.equal(first[0], second[0])
-    assert first[1:] == second[1:] == (2, f"lightning_accel.strategy.{SCRIPTS[case][0].split('.')[0]}_root")
+    name_of_root = "standalone" if SCRIPTS[case][0] == "pytorch_lightning" else "unified"
+    assert first[1:] == second[1:] == (2, f"lightning_accel.strategy.trainer_{name_of_root}")
     (main,) = (torch.load(path) for path in outcome["folder"].glob(f"{name}main*") if not path.name.endswith("1"))
     assert torch.equal(main[0], first[0])
 

@@ -24,7 +24,7 @@ class Fits:
     def __init__(self, rank, world_size, folder, root="lightning.pytorch"):
         self.rank, self.world_size, self.folder = rank, world_size, Path(folder)
         pl = self.pl = importlib.import_module(root)
-        fabric, name = ("lightning_fabric", "pytorch_lightning_root") if "_" in root else ("lightning.fabric", "lightning_root")
+        fabric, name = ("lightning_fabric", "trainer_standalone") if "_" in root else ("lightning.fabric", "trainer_unified")
         self.strategy = importlib.import_module(f"lightning_accel.strategy.{name}").AccelStrategy
         environment = importlib.import_module(f"{fabric}.plugins.environments").ClusterEnvironment
         bases = (Ranks,) if issubclass(Ranks, environment) else (Ranks, environment)
@@ -280,7 +280,7 @@ def test_files_come_and_go_with_checkpoints(tmp_path):
 
 def resume_fabric(rank, world_size, folder, root):
     fits = Fits(rank, world_size, folder, "pytorch_lightning" if root == "lightning_fabric" else "lightning.pytorch")
-    name = "fabric_root" if root == "lightning_fabric" else "lightning_fabric_root"
+    name = "fabric_standalone" if root == "lightning_fabric" else "fabric_unified"
     strategy = importlib.import_module(f"lightning_accel.strategy.{name}").AccelStrategy
     path = str(Path(folder, "last.ckpt"))
 
