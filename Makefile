@@ -4,7 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# The editable install knows each Python file by its name. So the stamp's name depends on these names: after a file was added,
+# moved or removed there is no such stamp, and the package is installed again.
+STAMP := $(VENV)/.installed-$(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 NVCC := $(firstword $(CUDACXX) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
@@ -18,7 +20,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
 NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name CMakeLists.txt \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format native cuda bench docs cuda-check cuda-site cuda-tests cuda-sanitize clean
+.PHONY: help venv demo test lint format native cuda bench docs cuda-check cuda-site cuda-tests cuda-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +38,10 @@ $(STAMP): $(BUILD_FILES) $(NATIVE_FILES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	  $(EDITABLE_OPTIONS) --editable '.[dev]'
+	rm -f $(VENV)/.installed*
 	touch $@
+
+venv: $(STAMP)  ## brings .venv up to date, which every command below does by itself
 
 demo: $(STAMP)  ## trains a small network on two processes of this machine
 	$(BIN)/python examples/digits.py

@@ -1,4 +1,4 @@
-"""What the programs share: pairs and their statistics, a description of the machine, the command line's common part, files."""
+"""Shared parts of the benchmarks: paired runs and their statistics, the machine's description, arguments, result files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 _RESAMPLES = 10_000
 
-# In a file or a pipe, wide enough for every table.
+# In a file or a pipe the console is wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of the ratios of paired runs, and a bootstrap 95 % interval of that median."""
+    """The median ratio of paired runs, with its bootstrap 95 % interval."""
 
     median: float
     low: float
@@ -39,17 +39,17 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
-        """From one ratio a pair. Percentile bootstrap: pairs are drawn with replacement, the same ones every time."""
+        """Summarises one ratio per pair. The percentile bootstrap draws pairs with replacement, the same ones every time."""
         values = torch.tensor(ratios, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         drawn = values[torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)]
-        # Median of an even number as the mean of the middle two; torch.median takes the lower one.
+        # The median of an even number is the mean of the middle two; torch.median would take the lower one.
         medians = drawn.quantile(0.5, dim=1)
         low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return cls(statistics.median(ratios), low, high, len(ratios))
 
     def inverse(self) -> Ratio:
-        """Of the inverse ratios; exact up to how the middle of an even number is taken."""
+        """Returns the inverse ratio; for an even number of pairs the median is approximate."""
         return Ratio(1 / self.median, 1 / self.high, 1 / self.low, self.pairs)
 
     def __format__(self, digits: str) -> str:
@@ -59,7 +59,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Bar:
-    """A claim of ours that a program measures, and whether it holds here."""
+    """A claim of this project, its measured value, and whether it holds here."""
 
     claim: str
     measured: str
@@ -67,7 +67,7 @@ class Bar:
 
 
 def alternate(a: Callable[[], float], b: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """Runs `a` and `b` next to one another, `pairs` times, in the order A B B A: what drifts slowly cancels out."""
+    """Runs `a` and `b` in turn, `pairs` times, in the order A B B A, so that slow drift cancels out."""
     results = []
     for pair in range(pairs):
         if pair % 2 == 0:
@@ -80,7 +80,7 @@ def alternate(a: Callable[[], float], b: Callable[[], float], pairs: int) -> lis
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the software, without names."""
+    """Describes the machine and the software, without the machine's name."""
     import lightning
     from lightning_accel import _native
 
@@ -97,7 +97,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the tree, "-dirty" behind it where files differ; None outside of a repository."""
+    """Returns the commit of the tree, with "-dirty" if files differ; None outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -106,16 +106,16 @@ def commit() -> str | None:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what all programs take."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--json", type=Path, metavar="PATH", help="where the results go (default: benchmarks/results/<program>.json)"
+    """Returns a parser with the arguments that all programs share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="file for the results (default: benchmarks/results/<program>.json)"
     )
-    return made
+    return parser
 
 
 def save(args: argparse.Namespace, results: Any, bars: Sequence[Bar]) -> None:
-    """Writes machine, commit, settings, results and bars as JSON."""
+    """Writes machine, commit, settings, results and claims to a JSON file."""
     name = Path(sys.argv[0]).stem
     path = args.json or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def save(args: argparse.Namespace, results: Any, bars: Sequence[Bar]) -> None:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; the first column is a name, the others are numbers."""
+    """Prints a table whose first column holds names and whose other columns hold numbers."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -144,7 +144,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def show_bars(bars: Sequence[Bar]) -> None:
-    """Prints what is claimed beside what was measured."""
+    """Prints each claim beside its measured value."""
     rows = [(bar.claim, bar.measured, "[green]holds[/]" if bar.holds else "[red]missed[/]") for bar in bars]
     show("Claims", ("claim", "measured", ""), rows)
 

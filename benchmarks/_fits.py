@@ -1,7 +1,7 @@
-"""One rank of a benchmark of training steps: fits of Lightning's Trainer, one after another, with strategies in turn.
+"""Measures training steps: runs fits of Lightning's Trainer one after another, with strategies in turn.
 
-`Settings` describe a run, `measure` starts its ranks and gives back each fit's step time; run as a program, this file is such
-a rank. All fits share two processes and one default process group, so that what differs between them is the strategy alone.
+`Settings` describe a run; `measure` starts its ranks and returns the step time of each fit. Run as a program, this file is one of
+the ranks. All fits share two processes and one default process group, so that they differ in the strategy alone.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "shift_one": {"algorithm": "decentralized", "peer_selection_mode": "shift_one"},
     "low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
 }
-"""Lightning's own DDPStrategy first: the others, arguments of AccelStrategy, are compared with it."""
+"""Strategies by name: Lightning's DDPStrategy, with which the others are compared, and arguments of AccelStrategy."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the ranks do.
+    """Describes a run of fits.
 
     Attributes:
-        model: a name in `MODELS`.
-        rounds: of fits; a round is each strategy once and, in the opposite order, once more: two pairs.
-        steps: of a fit.
-        skipped_steps: at the start of a fit, not timed: DDP rebuilds its buckets after the first step.
-        strategies: names in `STRATEGIES`.
-        ddp_options: of torch's DistributedDataParallel, the same for all.
+        model: Name of a model, from `MODELS`.
+        rounds: Number of rounds; a round fits each strategy once and, in the opposite order, once more: two pairs.
+        steps: Number of steps of a fit.
+        skipped_steps: Number of first steps that are not timed, because DDP rebuilds its buckets after the first step.
+        strategies: Names of strategies, from `STRATEGIES`.
+        ddp_options: Options of torch's DistributedDataParallel, the same for all strategies.
     """
 
     model: str
@@ -88,13 +88,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit as rank 0 saw it, each figure for one step.
+    """Cost of a step of one fit, as rank 0 measured it.
 
     Attributes:
-        strategy: that trained.
-        seconds: median over the timed steps.
-        exposed_seconds: in which training waited for communication; None for DDPStrategy, which does not count them.
-        sent_bytes: by one rank; None for DDPStrategy.
+        strategy: Name of the strategy.
+        seconds: Median duration of the timed steps.
+        exposed_seconds: Time for which training waited for communication; None for DDPStrategy, which does not count it.
+        sent_bytes: Bytes that one rank sent; None for DDPStrategy.
     """
 
     strategy: str
@@ -105,19 +105,19 @@ class Fit:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs: what stands before its command, and what its environment has besides."""
+    """Tells where a rank runs: a prefix for its command, and additional environment variables."""
 
     command_prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def measure(settings: Settings, places: Sequence[Place], master_address: str, master_port: int, num_nodes: int) -> list[Fit]:
-    """Starts one rank in each place, waits for all, and gives back rank 0's fits in the order they ran.
+    """Starts one rank in each place, waits for all, and returns rank 0's fits in the order they ran.
 
     Raises:
-        RuntimeError: if a rank fails; the others are ended.
+        RuntimeError: A rank failed; the others are killed.
     """
-    ranks_a_node = len(places) // num_nodes
+    ranks_per_node = len(places) // num_nodes
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "fits.json")
         ranks: list[subprocess.Popen[bytes]] = []
@@ -127,12 +127,12 @@ def measure(settings: Settings, places: Sequence[Place], master_address: str, ma
                     **os.environ,
                     "MASTER_ADDR": master_address,
                     "MASTER_PORT": str(master_port),
-                    "NODE_RANK": str(rank // ranks_a_node),
-                    "LOCAL_RANK": str(rank % ranks_a_node),
+                    "NODE_RANK": str(rank // ranks_per_node),
+                    "LOCAL_RANK": str(rank % ranks_per_node),
                     "OMP_NUM_THREADS": "1",
                     **place.environment,
                 }
-                job = json.dumps([asdict(settings), num_nodes, ranks_a_node, str(out)])
+                job = json.dumps([asdict(settings), num_nodes, ranks_per_node, str(out)])
                 ranks.append(subprocess.Popen([*place.command_prefix, sys.executable, __file__, job], env=environment))
             while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
                 time.sleep(0.1)
@@ -146,13 +146,13 @@ def measure(settings: Settings, places: Sequence[Place], master_address: str, ma
 
 
 def ratios(fits: Sequence[Fit], strategy: str, to: str = "ddp") -> Ratio:
-    """Step time with one strategy as a ratio to another's: the k-th fit of one is paired with the k-th of the other."""
+    """Returns the ratio of step times of two strategies; the k-th fit of one is paired with the k-th of the other."""
     seconds = {name: [fit.seconds for fit in fits if fit.strategy == name] for name in (strategy, to)}
     return Ratio.of([own / other for own, other in zip(seconds[strategy], seconds[to], strict=True)])
 
 
 def summary(fits: Sequence[Fit]) -> list[dict[str, Any]]:
-    """For each strategy: medians over its fits, and the ratio to ddp."""
+    """Returns a row for each strategy, with medians over its fits and its ratio to ddp."""
     rows = []
     for strategy in dict.fromkeys(fit.strategy for fit in fits):
         own = [fit for fit in fits if fit.strategy == strategy]
@@ -166,11 +166,11 @@ def summary(fits: Sequence[Fit]) -> list[dict[str, Any]]:
     return rows
 
 
-SUMMARY_COLUMNS = ("strategy", "step, ms", "ratio to ddp", "times as fast", "waited, ms", "sent a step, MB")
+SUMMARY_COLUMNS = ("strategy", "ms per step", "ratio to ddp", "speedup", "ms waited per step", "MB sent per step")
 
 
 def summary_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of `summary` for a table with `SUMMARY_COLUMNS`."""
+    """Formats a row of `summary` for a table with `SUMMARY_COLUMNS`."""
     step = f"{row['step_seconds'] * 1e3:.2f}"
     if row["strategy"] == "ddp":
         return (row["strategy"], step, "1", "1", "", "")
@@ -185,7 +185,7 @@ def summary_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Chain(LightningModule):
-    """The model in training."""
+    """Trains a model."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Chain(LightningModule):
 
 
 class Clock(Callback):
-    """Time from the end of a step to the end of the next: nothing of the loop is left out."""
+    """Records the end of each step, so that the time between two ends covers the whole loop."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -249,7 +249,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     fits = []
-    for strategy in settings.strategies:  # the first fit of each also warms the process up
+    for strategy in settings.strategies:  # a first fit of each warms the process up
         _fit(strategy, settings, num_nodes, devices)
     for round_index in range(settings.rounds):
         turn = round_index % len(settings.strategies)

@@ -1,4 +1,4 @@
-"""What a link carries: one end of a TCP connection that sends zeros, receives them, or both, and prints the received bit/s.
+"""Measures a link's throughput: one end of a TCP connection, which sends zeros, receives them, or both, and prints bit/s.
 
 python _rate.py listen|connect ADDRESS PORT SECONDS send|receive|both
 """
@@ -18,7 +18,7 @@ def connect(role: str, address: str, port: int) -> socket.socket:
     if role == "listen":
         with socket.create_server((address, port)) as server:
             return server.accept()[0]
-    while True:  # until the other end listens
+    while True:  # retried until the other end listens
         try:
             return socket.create_connection((address, port))
         except ConnectionRefusedError:

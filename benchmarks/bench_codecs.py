@@ -1,9 +1,9 @@
-"""How fast the codecs' CPU kernels move memory, on one thread, beside memcpy and beside the same arithmetic in torch operations.
+"""Compares the codecs' CPU kernels, on one thread, with memcpy and with the same arithmetic in torch operations.
 
     python benchmarks/bench_codecs.py
 
-Bytes moved are bytes read plus bytes written, for memcpy too. An operation's speed is a ratio to memcpy's of the same moment:
-the two run in turn. Above 1 is possible for operations that mostly read: memory is read faster than it is written.
+Bytes moved are bytes read plus bytes written, for memcpy too. An operation and memcpy run in turn, and the operation's speed is
+given as a ratio to memcpy's. Operations that mostly read can exceed 1, because memory is read faster than it is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUM_MESSAGES = 2  # summed by decode_sum_encode
 
 @dataclass(frozen=True)
 class Operation:
-    """One codec's operation on one dtype, ready to run, and the bytes it reads and writes."""
+    """An operation of a codec on a dtype, ready to run, and the bytes it reads and writes."""
 
     codec: str
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Operation:
 
 
 def operations(codec: str, values: torch.Tensor) -> list[Operation]:
-    """The four operations of a codec on a tensor, whose memory they share."""
+    """Returns the four operations of a codec on a tensor; they share its memory."""
     numel, dtype = values.numel(), values.dtype
     plan = Plan(codec, dtype, [0], [numel])
     stride_bytes = -(-plan.wire_bytes // 16) * 16
@@ -48,27 +48,27 @@ def operations(codec: str, values: torch.Tensor) -> list[Operation]:
     wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
     decoded = torch.zeros(numel, dtype=dtype)
     accumulator = torch.zeros(numel, dtype=plan.value_dtype)
-    of_tensor, of_wire, of_sum = numel * dtype.itemsize, plan.wire_bytes, accumulator.nbytes
+    tensor_bytes, wire_bytes, sum_bytes = numel * dtype.itemsize, plan.wire_bytes, accumulator.nbytes
 
     def sum_messages() -> None:
         decode_sum_encode(plan, messages, wire, count=_NUM_MESSAGES, stride_bytes=stride_bytes, divisor=_NUM_MESSAGES)
 
     return [
-        Operation(codec, dtype, "encode", of_tensor + of_wire, lambda: encode(plan, values, wire)),
-        Operation(codec, dtype, "decode", of_wire + of_tensor, lambda: decode(plan, messages, decoded)),
+        Operation(codec, dtype, "encode", tensor_bytes + wire_bytes, lambda: encode(plan, values, wire)),
+        Operation(codec, dtype, "decode", wire_bytes + tensor_bytes, lambda: decode(plan, messages, decoded)),
         Operation(
             codec,
             dtype,
             "decode_accumulate",
-            of_wire + 2 * of_sum,
+            wire_bytes + 2 * sum_bytes,
             lambda: decode_accumulate(plan, messages, accumulator),
         ),
-        Operation(codec, dtype, "decode_sum_encode", (_NUM_MESSAGES + 1) * of_wire, sum_messages),
+        Operation(codec, dtype, "decode_sum_encode", (_NUM_MESSAGES + 1) * wire_bytes, sum_messages),
     ]
 
 
 class Int8InTorch:
-    """The arithmetic of `int8` as one writes it in torch operations: the same codes, scales and sums."""
+    """The arithmetic of `int8` in plain torch operations: the same codes, scales and sums."""
 
     def __init__(self, numel: int) -> None:
         self.codes = torch.zeros(numel // BLOCK_NUMEL, BLOCK_NUMEL, dtype=torch.int8)
@@ -102,7 +102,7 @@ def memcpy_run() -> Callable[[], object]:
 
 
 def against_memcpy(operation: Operation, memcpy: Callable[[], object], pairs: int) -> tuple[Ratio, float]:
-    """Ratio of bytes moved a second, and the operation's own GB/s."""
+    """Returns the ratio of bytes moved per second to memcpy's, and the operation's GB/s."""
     operation.run()
     timed = alternate(lambda: seconds(operation.run), lambda: seconds(memcpy), pairs)
     share = operation.moved_bytes / (2 * _MEMCPY_BYTES)
@@ -111,13 +111,13 @@ def against_memcpy(operation: Operation, memcpy: Callable[[], object], pairs: in
 
 
 def against_torch(operation: Operation, run: Callable[[], object], pairs: int) -> Ratio:
-    """How many times faster than torch operations."""
+    """Returns the speedup over torch operations."""
     run()
     return Ratio.of([other / own for own, other in alternate(lambda: seconds(operation.run), lambda: seconds(run), pairs)])
 
 
 def check_same(values: torch.Tensor, in_torch: Int8InTorch) -> None:
-    """What is compared must compute the same."""
+    """Checks that the torch operations compute the same values as the kernels."""
     plan = Plan("int8", values.dtype, [0], [values.numel()])
     wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
     encode(plan, values, wire)
@@ -131,7 +131,7 @@ def check_same(values: torch.Tensor, in_torch: Int8InTorch) -> None:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--numel", type=int, default=64 << 20, help="elements of a tensor (default: 64 Mi)")
-    arguments.add_argument("--pairs", type=int, default=20, help="pairs an operation (default: %(default)s)")
+    arguments.add_argument("--pairs", type=int, default=20, help="pairs of runs per operation (default: %(default)s)")
     args = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def main() -> None:
 
     names = ("encode", "decode", "decode_accumulate", "decode_sum_encode")
     show(
-        f"{args.numel / 2**20:g} Mi elements, one thread: bytes moved a second as a ratio to memcpy's ({memcpy_speed:.1f} GB/s)",
+        f"{args.numel / 2**20:g} Mi elements, one thread: bytes moved per second, as a ratio to memcpy's {memcpy_speed:.1f} GB/s",
         ("codec, dtype", *names),
         [
             (f"{codec}, {_short(dtype)}", *(f"{measured[codec, dtype, name]:.2f}" for name in names))
@@ -178,8 +178,8 @@ def main() -> None:
         ],
     )
     bars = [
-        _bar("int8 encode moves at least 0.8 of memcpy's bytes/s", measured["int8", torch.float32, "encode"], 0.8),
-        _bar("int8 decode_accumulate at least 0.7", measured["int8", torch.float32, "decode_accumulate"], 0.7),
+        _bar("int8 encode moves at least 0.8 times memcpy's bytes/s", measured["int8", torch.float32, "encode"], 0.8),
+        _bar("int8 decode_accumulate: at least 0.7 times", measured["int8", torch.float32, "decode_accumulate"], 0.7),
         *(_bar(f"int8 {name} is at least 15 times as fast as torch operations", to_torch[name], 15) for name in to_torch),
     ]
     show_bars(bars)

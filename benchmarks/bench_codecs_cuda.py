@@ -1,15 +1,15 @@
-"""How fast the CUDA kernels are, as a share of what the same GPU copies in the same run.
+"""Measures the CUDA kernels, as a share of the rate at which the same GPU copies memory in the same run.
 
     python benchmarks/bench_codecs_cuda.py --json benchmarks/results/codecs_cuda.json
     python benchmarks/bench_codecs_cuda.py --codecs int8 --sizes-mib 256 1024
 
 An operation's bytes are those it must read and write once: tensor and message for encode and decode, message and twice the
 accumulator for decode_accumulate, all messages and the result for decode_sum_encode; error feedback adds twice the residuals.
-The copy's are twice the tensor's. QAdam's fold moves three operands, its step five, Adam's step seven. Each time is the median
-of single calls, enqueued one behind another so that the GPU never waits for Python, between CUDA events.
+A copy's are twice the tensor's. QAdam's fold moves three operands, its step five, Adam's step seven. Each time is the median of
+single calls, measured by CUDA events; calls are enqueued one after another, so that the GPU never waits for Python.
 
-Beside int8's encode and QAdam's step stands the same formula in torch operations, plain and under torch.compile, counted with
-the same bytes. At the end: the kernels that a bucket takes, and what we claim beside what was measured.
+For int8's encode and QAdam's step, the same formula in torch operations, plain and under torch.compile, is measured too, with the
+same bytes. At the end the program prints the number of kernels per bucket, and each claim beside its measured value.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from lightning_accel.transport.scratch import Scratch
 DEVICE = torch.device("cuda")
 BENCHED_DTYPES = (torch.float32, torch.bfloat16)
 NUM_MESSAGES = 8
-NUM_PARAMETERS = 8  # of an optimizer: few, so that the GPU does not wait for Python
+NUM_PARAMETERS = 8  # in an optimizer: few, so that the GPU does not wait for Python
 BUCKET_NUMELS = [2**18, 2**10, 3 * 2**18 + 5, 77] * 6  # 24 MiB of float32
 WARM_UP_SECONDS = 0.1  # a GPU's clocks rise slowly
-SMALLEST_MIB = 256  # smaller tensors stay in a GPU's cache
+SMALLEST_MIB = 256  # smaller tensors would stay in a GPU's cache
 MIB = 2**20
 SUM = f"decode_sum_encode of {NUM_MESSAGES}"
 COLUMNS = ("tensor", "codec", "operation", "ms", "GB/s", "share of copy")
@@ -53,7 +53,7 @@ LEAST_SHARES = (
     ("int8", "encode, error feedback", 0.8),
     ("qadam", "step", 0.85),
 )
-MOST_KERNELS = 3  # a bucket
+MOST_KERNELS = 3  # per bucket
 
 
 def median_ms(call: Callable[[], object], num_calls: int) -> float:
@@ -71,9 +71,9 @@ def median_ms(call: Callable[[], object], num_calls: int) -> float:
 
 
 def torch_int8_encode(tensor: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor) -> None:
-    """int8 of codec_symmetric.h in torch operations; `tensor` and `codes` are rows of a block."""
+    """Encodes int8 as codec_symmetric.h does, in torch operations; each row of `tensor` and `codes` is a block."""
     values = tensor.float()
-    absmax = values.abs().amax(dim=1)  # NaN and Inf come through
+    absmax = values.abs().amax(dim=1)  # NaN and Inf propagate
     is_poisoned = ~absmax.isfinite()
     is_blank = is_poisoned | (absmax < 2.0**-100)
     nan = torch.full_like(absmax, float("nan"))
@@ -83,7 +83,7 @@ def torch_int8_encode(tensor: torch.Tensor, scales: torch.Tensor, codes: torch.T
 
 
 def torch_qadam_step(gradient: torch.Tensor, momentum: torch.Tensor, variance: torch.Tensor, parameter: torch.Tensor) -> None:
-    """qadam.h's step in torch operations, without its guard against gradients that are not finite."""
+    """Runs qadam.h's step in torch operations, without its guard against gradients that are not finite."""
     momentum.copy_(gradient)
     parameter.sub_(1e-3 * (momentum / (variance.sqrt() / 0.5 + 1e-8)))
 
@@ -130,7 +130,7 @@ class Bench:
         if codec == "int8":
             self.run_torch_int8(name, tensor, wire)
         residuals = None
-        if codec != "none":  # which loses nothing
+        if codec != "none":  # "none" loses nothing
             memory = torch.zeros(tensor.numel(), device=DEVICE)
             residuals = Residuals(memory, memory)
             num_bytes = tensor.nbytes + wire.nbytes + 2 * memory.nbytes
@@ -174,14 +174,14 @@ class Bench:
         function: Callable[[], None],
         differing_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Plain and under torch.compile."""
+        """Measures a function, plain and under torch.compile."""
         for label, version in (
             ("in torch operations", function),
             ("under torch.compile", torch.compile(function, dynamic=False)),
         ):
             try:
                 version()
-            except Exception as error:  # torch.compile needs a compiler, and raises what that raises
+            except Exception as error:  # torch.compile needs a compiler, whose errors are of any type
                 reason = type(error).__name__
                 self.results.append({"tensor": name, "codec": codec, "operation": f"{operation} {label}", "error": reason})
                 continue
@@ -189,13 +189,13 @@ class Bench:
             self.results[-1]["differing_bytes"] = differing_bytes()
 
     def run_qadam(self, name: str, tensor: torch.Tensor) -> None:
-        """QAdam's passes beside Adam's step, on parameters that are as large together as `tensor`."""
+        """Measures QAdam's passes and Adam's step, on parameters that together are as large as `tensor`."""
 
         def parameters() -> list[torch.nn.Parameter]:
-            made = [torch.nn.Parameter(part.clone()) for part in tensor.chunk(NUM_PARAMETERS)]
-            for parameter in made:
+            parts = [torch.nn.Parameter(part.clone()) for part in tensor.chunk(NUM_PARAMETERS)]
+            for parameter in parts:
                 parameter.grad = parameter.detach() * 1e-3
-            return made
+            return parts
 
         own = parameters()
         optimizer = QAdam(own, warmup_steps=10**9)
@@ -212,7 +212,7 @@ class Bench:
         self.run(name, "qadam", "fold", 3 * tensor.nbytes, fold)
 
         def step() -> None:
-            optimizer.note_folded(own)  # as the algorithm does in backward
+            optimizer.note_folded(own)  # the algorithm does so in backward
             optimizer.step()
 
         self.run(name, "qadam", "step", 5 * tensor.nbytes, step)
@@ -225,7 +225,7 @@ class Bench:
 
 
 def kernels_of_bucket(*, feedback: bool) -> list[str]:
-    """Names of the kernels that run for a bucket in an all_reduce with int8; copies, which stand for messages, are none."""
+    """Lists the kernels that run for a bucket in an int8 all_reduce, without copies, which stand for messages here."""
     layout = Layout(BUCKET_NUMELS, num_owners=1)
     places = [(i, sum(BUCKET_NUMELS[:i])) for i in range(len(BUCKET_NUMELS))]
     plan = TwoShotPlan.build("int8", torch.float32, pieces_of(layout, places), 1, 0, scatter=True)
@@ -237,7 +237,7 @@ def kernels_of_bucket(*, feedback: bool) -> list[str]:
         compressed_all_reduce(bucket, plan, alone, scratch, divisor=1.0, feedback=residuals)
         torch.cuda.synchronize()
 
-    for _ in range(2):  # the first one allocates, sends the plans to the GPU, and wakes the profiler
+    for _ in range(2):  # the first call allocates, copies the plans to the GPU, and starts the profiler
         with torch.profiler.profile() as profile:
             all_reduce()
     on_gpu = [event.name for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -245,7 +245,7 @@ def kernels_of_bucket(*, feedback: bool) -> list[str]:
 
 
 def bars(results: list[dict], kernels: dict[str, list[str]]) -> list[dict]:
-    """What we claim, what was measured, and whether the claim holds here; of what was not measured, not."""
+    """Compares claims with results; a claim that was not measured does not hold."""
     found: list[tuple[str, str, bool]] = []
 
     def result_of(tensor: str, codec: str, operation: str) -> dict:
@@ -254,18 +254,18 @@ def bars(results: list[dict], kernels: dict[str, list[str]]) -> list[dict]:
     for tensor in dict.fromkeys(result["tensor"] for result in results):
         for codec, operation, least in LEAST_SHARES:
             share = result_of(tensor, codec, operation).get("share_of_copy", 0.0)
-            found.append((f"{tensor}: {codec} {operation} at least {least} of a copy's rate", f"{share:.2f}", share >= least))
+            found.append((f"{tensor}: {codec} {operation} {least} times a copy's rate or more", f"{share:.2f}", share >= least))
         own, adam = result_of(tensor, "qadam", "step"), result_of(tensor, "qadam", "Adam(fused=True).step")
         ratio = own["ms"] / adam["ms"] if "ms" in own and "ms" in adam else float("inf")
-        found.append((f"{tensor}: qadam step in at most the time of Adam(fused=True)", f"{ratio:.2f}", ratio <= 1))
+        found.append((f"{tensor}: qadam step takes no longer than Adam(fused=True)", f"{ratio:.2f}", ratio <= 1))
     for what, names in kernels.items():
-        # Without any, the profiler has seen nothing.
+        # No kernel means that the profiler has seen nothing.
         found.append((f"{what}: at most {MOST_KERNELS} kernels", str(len(names)), 0 < len(names) <= MOST_KERNELS))
     return [{"claim": claim, "measured": measured, "holds": holds} for claim, measured, holds in found]
 
 
 def driver_version() -> str | None:
-    """Of the GPU's driver; None where nobody says."""
+    """Returns the version of the GPU's driver, or None if nvidia-smi does not tell it."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
@@ -313,16 +313,16 @@ def print_table(title: str, results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
-    parser.add_argument("--sizes-mib", nargs="+", type=int, default=[SMALLEST_MIB], help="of the tensors, at least 256")
+    parser.add_argument("--sizes-mib", nargs="+", type=int, default=[SMALLEST_MIB], help="tensor sizes in MiB, at least 256")
     parser.add_argument("--calls", type=int, default=30, help="timed calls of each operation, at least 20")
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     if arguments.calls < 20:
         parser.error(f"--calls must be at least 20: got {arguments.calls}")
     if min(arguments.sizes_mib) < SMALLEST_MIB:
-        parser.error(f"--sizes-mib must be at least {SMALLEST_MIB}, or a cache answers: got {min(arguments.sizes_mib)}")
+        parser.error(f"--sizes-mib must be at least {SMALLEST_MIB}, or caches serve it: got {min(arguments.sizes_mib)}")
     if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA GPU; torch finds none")
+        sys.exit("this benchmark needs a CUDA GPU, but torch finds none")
 
     torch.manual_seed(0)
     bench = Bench(arguments.calls)

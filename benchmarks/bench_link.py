@@ -1,10 +1,10 @@
-"""A training step over a slow network: two hosts, made of network namespaces, with a link shaped to 1 Gbit/s between them.
+"""Measures training steps over a slow network: two network namespaces act as hosts, with a link of 1 Gbit/s between them.
 
     sudo .venv/bin/python benchmarks/bench_link.py
 
-One rank in each namespace, a pair of virtual Ethernet devices between them, a token bucket at either end. Fits with each
-strategy take turns, as in bench_step.py. What the link carries is measured first. Needs root, and `ip` and `tc` (iproute2).
-The namespaces are removed at the end, whatever happens.
+One rank runs in each namespace. A pair of virtual Ethernet devices, each with a token bucket, joins them. Strategies take turns,
+as in bench_step.py. The link's throughput is measured first. The program needs root, `ip` and `tc` (iproute2). It always removes
+the namespaces at the end.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from types import TracebackType
 from _common import Bar, parser, save, show, show_bars
 from _fits import MODELS, STRATEGIES, SUMMARY_COLUMNS, Place, Settings, measure, ratios, summary, summary_cells
 
-_PORT = 29500  # free in a namespace of our own
+_PORT = 29500  # always free, as the namespace is new
 
 
 class Link:
-    """Two namespaces and a shaped link, for the time of a `with` block.
+    """Creates two namespaces and a shaped link between them for the time of a `with` block.
 
     Args:
-        rate: in both directions, as `tc` writes it.
-        burst: bytes that may pass at once; more than the largest packet that the kernel hands over (64 KiB).
-        latency: longest time that a packet is queued, as `tc` writes it; what would wait longer is dropped.
-        congestion_control: of TCP in the namespaces; None keeps the system's.
+        rate: Rate in each direction, in the notation of `tc`.
+        burst: Bytes that may pass at once; more than the kernel's largest packet (64 KiB).
+        latency: Longest time that a packet is queued, in the notation of `tc`; packets that would wait longer are dropped.
+        congestion_control: TCP's congestion control in the namespaces; None keeps the system's.
     """
 
     def __init__(self, rate: str, burst: str, latency: str, congestion_control: str | None) -> None:
         self._shape = ["rate", rate, "burst", burst, "latency", latency]
         self._congestion_control = congestion_control
         self.addresses = ("10.77.0.1", "10.77.0.2")
-        # Names carry the process id: several runs may go on at once, and left-overs tell whose they were.
+        # Names carry the process id, so that several runs may go on at once, and left-overs show whose they are.
         self._names = [f"accel{os.getpid()}{end}" for end in "ab"]
         self._devices = [f"veth{os.getpid()}{end}" for end in "ab"]
 
@@ -78,19 +78,19 @@ class Link:
         self._remove()
 
     def prefix(self, end: int) -> tuple[str, ...]:
-        """What runs a command at one end."""
+        """Returns the prefix of a command that runs at one end."""
         return ("ip", "netns", "exec", self._names[end])
 
     def place(self, end: int) -> Place:
-        """Where a rank at this end runs."""
-        # These addresses have no names, and torch warns about each.
+        """Returns the place of a rank at one end."""
+        # The addresses have no names; torch would warn about each.
         return Place(self.prefix(end), {"GLOO_SOCKET_IFNAME": self._devices[end], "TORCH_CPP_LOG_LEVEL": "ERROR"})
 
     def run(self, end: int, *command: str) -> str:
         return _command(*self.prefix(end), *command)
 
     def rates(self, seconds: float, what: tuple[str, str]) -> list[float]:
-        """Bit/s of payload that arrive over one TCP connection, at each end that receives."""
+        """Measures the bit/s of payload over one TCP connection, at each end that receives."""
         program = str(Path(__file__).with_name("_rate.py"))
         common = [self.addresses[0], str(_PORT), str(seconds)]
         ends = [
@@ -110,27 +110,27 @@ class Link:
         return self.run(0, "sysctl", "-n", "net.ipv4.tcp_congestion_control").strip()
 
     def _remove(self) -> None:
-        for name in self._names:  # their devices go with them
+        for name in self._names:  # removes their devices too
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rate", default="1gbit", help="of the link, as tc writes it (default: %(default)s)")
-    arguments.add_argument("--burst", default="128kb", help="of the token bucket (default: %(default)s)")
-    arguments.add_argument("--latency", default="10ms", help="longest queue at the link (default: %(default)s)")
-    arguments.add_argument("--congestion-control", help="of TCP, such as cubic (default: the system's)")
+    arguments.add_argument("--rate", default="1gbit", help="rate of the link, in tc's notation (default: %(default)s)")
+    arguments.add_argument("--burst", default="128kb", help="burst of the token bucket (default: %(default)s)")
+    arguments.add_argument("--latency", default="10ms", help="longest time in the link's queue (default: %(default)s)")
+    arguments.add_argument("--congestion-control", help="TCP's congestion control, such as cubic (default: the system's)")
     arguments.add_argument("--model", choices=MODELS, default="large")
     arguments.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="first ddp (default: all)"
+        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="strategies, ddp first (default: all)"
     )
-    arguments.add_argument("--rounds", type=int, default=6, help="of fits; two pairs each (default: %(default)s)")
-    arguments.add_argument("--steps", type=int, default=25, help="of a fit (default: %(default)s)")
-    arguments.add_argument("--bucket-cap-mb", type=float, help="of DDP, for all strategies alike (default: torch's own)")
-    arguments.add_argument("--gradient-as-bucket-view", action="store_true", help="of DDP, for all strategies alike")
+    arguments.add_argument("--rounds", type=int, default=6, help="rounds of fits, with two pairs each (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=25, help="steps of a fit (default: %(default)s)")
+    arguments.add_argument("--bucket-cap-mb", type=float, help="DDP's option, for all strategies (default: torch's)")
+    arguments.add_argument("--gradient-as-bucket-view", action="store_true", help="DDP's option, for all strategies")
     args = arguments.parse_args()
     check_requirements()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # an exception, so that the namespaces go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # an exception, so that the namespaces are removed
 
     options: dict[str, object] = {"gradient_as_bucket_view": args.gradient_as_bucket_view}
     if args.bucket_cap_mb is not None:
@@ -142,8 +142,8 @@ def main() -> None:
         control = link.congestion_control()
         megabits = [f"{rate / 1e6:.0f}" for rate in (one_way, *both_ways)]
         show(
-            f"The link, shaped to {args.rate}, TCP {control}: Mbit/s that arrive",
-            ("one way", "both ways at once, there", "and back"),
+            f"Throughput of the link, shaped to {args.rate}, with TCP {control}: Mbit/s",
+            ("one way", "both ways at once: there", "back"),
             [megabits],
         )
         fits = measure(settings, [link.place(0), link.place(1)], link.addresses[0], _PORT, num_nodes=2)
@@ -156,7 +156,7 @@ def main() -> None:
     bars = []
     if "bytegrad" in args.strategies and (args.rate, args.model) == ("1gbit", "large"):
         fast = ratios(fits, "ddp", "bytegrad")
-        bars.append(Bar("ddp's step takes at least 3.3 of bytegrad's", f"{fast:.2f}", fast.median >= 3.3))
+        bars.append(Bar("bytegrad is at least 3.3 times as fast as ddp", f"{fast:.2f}", fast.median >= 3.3))
         show_bars(bars)
     results = {
         "one_way_bits_per_second": one_way,
@@ -169,12 +169,12 @@ def main() -> None:
 
 
 def check_requirements() -> None:
-    """Ends the program with what is missing, if anything is."""
-    missing = [f"`{program}`, of the package iproute2" for program in ("ip", "tc") if shutil.which(program) is None]
+    """Exits with a list of what is missing, if anything is."""
+    missing = [f"`{program}` (from the package iproute2)" for program in ("ip", "tc") if shutil.which(program) is None]
     if os.geteuid() != 0:
-        missing.append("root's rights: namespaces and shaping need them")
+        missing.append("root's rights (for namespaces and traffic shaping)")
     if missing:
-        sys.exit("bench_link.py lacks " + "; ".join(missing))
+        sys.exit("bench_link.py needs " + "; ".join(missing))
 
 
 def _command(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""How long QAdam's step takes in each phase, beside torch.optim.Adam(fused=True) on the same parameters.
+"""Compares QAdam's step in each phase with torch.optim.Adam(fused=True) on the same parameters.
 
     python benchmarks/bench_optimizer.py
 
@@ -19,10 +19,10 @@ from lightning_accel.optim import Phase
 
 
 def parameters(numel: int, count: int) -> list[torch.nn.Parameter]:
-    made = [torch.nn.Parameter(torch.randn(numel // count)) for _ in range(count)]
-    for parameter in made:
+    tensors = [torch.nn.Parameter(torch.randn(numel // count)) for _ in range(count)]
+    for parameter in tensors:
         parameter.grad = torch.randn(numel // count) * 1e-3
-    return made
+    return tensors
 
 
 def qadam(tensors: list[torch.nn.Parameter], phase: Phase) -> QAdam:
@@ -35,7 +35,7 @@ def qadam(tensors: list[torch.nn.Parameter], phase: Phase) -> QAdam:
 
 
 def seconds(optimizer: torch.optim.Optimizer) -> float:
-    if isinstance(optimizer, QAdam):  # as the algorithm does in backward, where gradients become momentum
+    if isinstance(optimizer, QAdam):  # the algorithm does so in backward, where gradients become momentum
         optimizer.note_folded(optimizer.param_groups[0]["params"])
     started = time.perf_counter()
     optimizer.step()
@@ -44,9 +44,9 @@ def seconds(optimizer: torch.optim.Optimizer) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--numel", type=int, default=32 << 20, help="elements of all parameters (default: 32 Mi)")
-    arguments.add_argument("--count", type=int, default=64, help="parameters (default: %(default)s)")
-    arguments.add_argument("--pairs", type=int, default=20, help="pairs (default: %(default)s)")
+    arguments.add_argument("--numel", type=int, default=32 << 20, help="total number of elements (default: 32 Mi)")
+    arguments.add_argument("--count", type=int, default=64, help="number of parameters (default: %(default)s)")
+    arguments.add_argument("--pairs", type=int, default=20, help="pairs of runs (default: %(default)s)")
     args = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -63,9 +63,9 @@ def main() -> None:
             rows.append([f"{phase.value}, {threads} threads", f"{ours * 1e3:.1f} ms", f"{ratio:.2f}"])
             results.append({"phase": phase.value, "threads": threads, "seconds": ours, "ratio_to_adam": ratio})
             bars.append(
-                Bar(f"{phase.value}, {threads} threads: at most Adam(fused=True)'s time", f"{ratio:.2f}", ratio.low <= 1.0)
+                Bar(f"{phase.value}, {threads} threads: takes no longer than Adam(fused=True)", f"{ratio:.2f}", ratio.low <= 1.0)
             )
-    show("QAdam's step", ("phase", "time", "of Adam(fused=True)'s"), rows)
+    show("QAdam's step", ("phase", "time", "ratio to Adam(fused=True)"), rows)
     show_bars(bars)
     save(args, results, bars)
 

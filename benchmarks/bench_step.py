@@ -1,9 +1,9 @@
-"""A training step of each algorithm against Lightning's DDPStrategy: two processes on one machine, gloo over loopback.
+"""Compares a training step of each algorithm with Lightning's DDPStrategy: two processes on one machine, gloo over loopback.
 
     python benchmarks/bench_step.py
 
-Loopback is as fast as memory: this shows what the software costs where the network costs little. Fits with each strategy take
-turns in one pair of processes; a step is timed from the end of a batch to the end of the next.
+Loopback is as fast as memory, so this shows the cost of the software on a fast network. Strategies take turns in one pair of
+processes; a step is timed from the end of a batch to the end of the next.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def free_port() -> int:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to train (default: all)")
     arguments.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="first ddp (default: all)"
+        "--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="strategies, ddp first (default: all)"
     )
-    arguments.add_argument("--rounds", type=int, default=12, help="of fits; two pairs each (default: %(default)s)")
-    arguments.add_argument("--steps", type=int, default=35, help="of a fit (default: %(default)s)")
+    arguments.add_argument("--rounds", type=int, default=12, help="rounds of fits, with two pairs each (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=35, help="steps of a fit (default: %(default)s)")
     args = arguments.parse_args()
 
     results = {}
@@ -44,22 +44,22 @@ def main() -> None:
             [summary_cells(row) for row in rows],
         )
         results[name] = {"summary": rows, "fits": [asdict(fit) for fit in fits]}
-        bars += bars_of(name, fits)
+        bars += compare_with_claims(name, fits)
     if bars:
         show_bars(bars)
     save(args, results, bars)
 
 
-def bars_of(model: str, fits: list[Fit]) -> list[Bar]:
+def compare_with_claims(model: str, fits: list[Fit]) -> list[Bar]:
     measured = {fit.strategy for fit in fits}
     bars = []
     if {"ddp", "gradient_allreduce"} <= measured:
         plain = ratios(fits, "gradient_allreduce")
-        claim = f"{model}: gradient_allreduce costs no more than 1.02 of ddp's step (lower bound)"
+        claim = f"{model}: gradient_allreduce takes at most 1.02 times as long as ddp (lower bound)"
         bars.append(Bar(claim, f"{plain}", plain.low <= 1.02))
     if {"ddp", "bytegrad"} <= measured and model == "large":
         fast = ratios(fits, "ddp", "bytegrad")
-        bars.append(Bar(f"{model}: ddp's step takes longer than bytegrad's", f"{fast}", fast.low > 1))
+        bars.append(Bar(f"{model}: bytegrad is faster than ddp", f"{fast}", fast.low > 1))
     return bars
 
 

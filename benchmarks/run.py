@@ -1,9 +1,9 @@
 """Runs all benchmarks that need no GPU, one after another, and writes their tables as Markdown.
 
     sudo .venv/bin/python benchmarks/run.py
-    python benchmarks/run.py --quick          # minutes instead of an hour: to see that everything works, not to quote
+    python benchmarks/run.py --quick          # minutes instead of an hour: shows that everything works, gives no figures to quote
 
-Without root's rights bench_link.py is left out, and said to be. Results go to benchmarks/results/, summary.md among them.
+Without root's rights the program skips bench_link.py, and says so. Results and summary.md go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PROGRAMS = {
     "bench_step": ["--rounds", "2", "--steps", "15"],
     "bench_link": ["--rounds", "1", "--steps", "12"],
 }
-"""Programs, and what makes each quick."""
+"""Programs, each with the arguments that make it quick."""
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="few repetitions")
-    arguments.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="folder for the results (default: benchmarks/results)")
     args = arguments.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
 
@@ -37,7 +37,7 @@ def main() -> None:
     records = []
     for name, quick in PROGRAMS.items():
         if name == "bench_link" and os.geteuid() != 0:
-            console.print("bench_link.py is left out: it needs root's rights")
+            console.print("skipping bench_link.py: it needs root's rights")
             continue
         path = args.results / f"{name}.json"
         command = [
@@ -53,19 +53,19 @@ def main() -> None:
             records.append(json.loads(path.read_text()))
     summary = args.results / "summary.md"
     summary.write_text("\n\n".join(markdown(record) for record in records) + "\n")
-    console.print(f"tables are in {os.path.relpath(summary)}")
+    console.print(f"wrote the tables to {os.path.relpath(summary)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """A program's record as Markdown."""
+    """Formats a program's record as Markdown."""
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     host = record["machine"]
     parts = [
         f"## {record['program']}",
         f"{record['time']}, commit {record['commit']}; {host['cores']} cores of {host['cpu']} ({host['instruction_set']}), "
-        f"torch {host['torch']}, Lightning {host['lightning']}; load average at the end {host['load_average']:.1f}; {settings}.",
+        f"torch {host['torch']}, Lightning {host['lightning']}; final load average {host['load_average']:.1f}; {settings}.",
         *_tables(record["program"], record["results"]),
     ]
     if record["bars"]:
@@ -82,10 +82,10 @@ def _tables(program: str, results: dict[str, Any]) -> list[str]:
             by_codec.setdefault(f"{row['codec']}, {row['dtype']}", []).append(_ratio(row["to_memcpy"]))
         to_torch = [[f"int8 {name}", _ratio(ratio)] for name, ratio in results["int8_to_torch"].items()]
         return [
-            f"memcpy moves {results['memcpy_gigabytes_per_second']:.1f} GB/s. Bytes moved a second as a ratio to memcpy's:",
+            f"memcpy moves {results['memcpy_gigabytes_per_second']:.1f} GB/s. Bytes moved per second, as a ratio to memcpy's:",
             _table(["codec, dtype", *names], [[codec, *ratios] for codec, ratios in by_codec.items()]),
-            "Times as fast as torch operations:",
-            _table(["operation", "times as fast"], to_torch),
+            "Speedup over torch operations:",
+            _table(["operation", "speedup"], to_torch),
         ]
     if program == "bench_step":
         return [part for model, result in results.items() for part in (f"Model: {model}.", _steps(result["summary"]))]
@@ -105,7 +105,7 @@ def _steps(rows: list[dict[str, Any]]) -> str:
             own += [_ratio(row["ratio_to_ddp"], 3), _ratio(row["times_as_fast_as_ddp"])]
             own += [f"{row['exposed_seconds'] * 1e3:.1f} ms", f"{row['sent_bytes'] / 1e6:.2f} MB"]
         cells.append(own + [""] * (6 - len(own)))
-    return _table(["strategy", "step", "ratio to ddp", "times as fast", "waited", "sent a step"], cells)
+    return _table(["strategy", "step", "ratio to ddp", "speedup", "waited per step", "sent per step"], cells)
 
 
 def _ratio(ratio: dict[str, Any], digits: int = 2) -> str:

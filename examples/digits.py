@@ -1,4 +1,4 @@
-"""Trains a small network on handwritten digits, on two processes, and shows what travelled between them.
+"""Trains a small network on handwritten digits on two processes, and shows how much they sent.
 
     python examples/digits.py
     python examples/digits.py --algorithm gradient_allreduce
@@ -6,7 +6,7 @@
     python examples/digits.py --algorithm decentralized --communication-interval 2
     python examples/digits.py --algorithm qadam --codec sign
 
-The digits come with scikit-learn: 1797 images of 8 x 8 pixels. Needs the extra `examples`.
+The digits come with scikit-learn: 1797 images of 8 x 8 pixels. The program needs the extra `examples`.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Digits(LightningModule):
 
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """A third of the images, of all digits alike, is kept for the test; which ones, the seed says."""
+    """Splits the images by the seed: a third, with equal shares of all digits, is held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     train, test = train_test_split(range(len(images)), test_size=1 / 3, stratify=labels, random_state=seed)
@@ -76,22 +76,22 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 def be_quiet() -> None:
     for root in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(root).setLevel(logging.WARNING)
-    # Images that are in memory already need no worker processes.
+    # The images are in memory already, so they need no worker processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers", category=PossibleUserWarning)
-    # Between Lightning and torch, nothing to do about here.
+    # These concern Lightning and torch, not this program.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities")
 
 
 def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="bytegrad", help="what travels, and how (default: %(default)s)")
-    parser.add_argument("--codec", help="of messages (default: the algorithm's own)")
-    parser.add_argument("--peer-selection-mode", help='decentralized: "all" or "shift_one"')
-    parser.add_argument("--communication-interval", type=int, help="rounds from one exchange of weights to the next")
+    parser.add_argument("--algorithm", default="bytegrad", help="algorithm of communication (default: %(default)s)")
+    parser.add_argument("--codec", help="codec of the messages (default: the algorithm's)")
+    parser.add_argument("--peer-selection-mode", help='peers of decentralized: "all" or "shift_one"')
+    parser.add_argument("--communication-interval", type=int, help="rounds between two exchanges of weights")
     parser.add_argument("--devices", type=int, default=torch.cuda.device_count() if has_gpu else 2, help="GPUs or processes")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the first weights and the order of images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the weights and the order of images")
     args = parser.parse_args()
 
     be_quiet()

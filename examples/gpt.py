@@ -1,11 +1,11 @@
-"""Trains a small GPT on Python's own sources, character by character, on two processes: Adam against QAdam.
+"""Trains a small character-level GPT on Python's sources on two processes, with Adam or QAdam.
 
-    python examples/gpt.py                               # Adam, mean gradients
-    python examples/gpt.py --algorithm qadam             # int8 momentum after warm-up
+    python examples/gpt.py                               # Adam with mean gradients
+    python examples/gpt.py --algorithm qadam             # QAdam: int8 momentum after warm-up
     python examples/gpt.py --algorithm qadam --codec sign
 
-Prints the loss on files that were kept for the test, and what each rank sent. docs/qadam.md has a table of it. The text is the
-standard library of the Python that runs this. Needs the extra `examples`.
+The program prints the loss on held-out files and how much each rank sent; docs/qadam.md has a table of results. The text is the
+standard library of the Python that runs the program. It needs the extra `examples`.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_accel import AccelStrategy, QAdam
 
 CONTEXT = 64  # characters
-VOCABULARY = 128  # ASCII; whatever else becomes character 0
+VOCABULARY = 128  # ASCII; all other characters become 0
 
 
-def text_of(files: list[Path]) -> torch.Tensor:
+def read_text(files: list[Path]) -> torch.Tensor:
     characters = torch.tensor(list(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
     return torch.where(characters < VOCABULARY, characters, 0).long()
 
 
 def sources() -> tuple[torch.Tensor, torch.Tensor]:
-    """The standard library's modules as text; every twentieth is kept for the test."""
+    """Reads the standard library's modules as text; every twentieth is held out for the test."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return text_of([f for k, f in enumerate(files) if k % 20]), text_of(files[::20])
+    return read_text([f for k, f in enumerate(files) if k % 20]), read_text(files[::20])
 
 
 class Windows(Dataset):
-    """`length` pieces of the text, at places that depend on `seed`, each with its successor characters."""
+    """`length` windows of the text at random places, which `seed` chooses, each with the characters that follow."""
 
     def __init__(self, text: torch.Tensor, length: int, seed: int) -> None:
         self.text = text
@@ -95,7 +95,7 @@ class GPT(LightningModule):
             optimizer = QAdam(self.parameters(), lr=self.lr, warmup_steps=self.warmup_steps)
         else:
             optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=True)
-        # The learning rate has risen long before the variance is frozen; then it falls.
+        # The learning rate rises to its maximum long before the warm-up ends, then falls.
         rise = max(1, self.warmup_steps // 3)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * step / self.steps))
@@ -105,11 +105,11 @@ class GPT(LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="gradient_allreduce", help="what travels, and when (default: %(default)s)")
-    parser.add_argument("--codec", help="what it is sent as (default: the algorithm's own)")
+    parser.add_argument("--algorithm", default="gradient_allreduce", help="algorithm of communication (default: %(default)s)")
+    parser.add_argument("--codec", help="codec of the messages (default: the algorithm's)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--warmup-steps", type=int, help="of QAdam (default: a quarter of the steps)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
+    parser.add_argument("--warmup-steps", type=int, help="QAdam's warm-up steps (default: a quarter of the steps)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the order of the text")
     parser.add_argument("--devices", type=int, default=2, help="GPUs or processes")
     args = parser.parse_args()
 
@@ -143,7 +143,7 @@ def main() -> None:
         table = Table(
             title=f"{args.algorithm} {args.codec or ''} on {trainer.world_size} processes, {numel / 1e6:.1f} M parameters"
         )
-        for column in ("seed", "loss on kept files", "seconds", "each rank sent", "in full precision"):
+        for column in ("seed", "loss on held-out files", "seconds", "each rank sent", "in full precision"):
             table.add_column(column, justify="right")
         megabytes = (f"{count / 1e6:.0f} MB" for count in (sent.sent_bytes, sent.full_precision_bytes))
         table.add_row(str(args.seed), f"{loss:.4f}", f"{seconds:.0f}", *megabytes)

@@ -1,9 +1,9 @@
-"""Trains a small network on handwritten digits without Lightning; a run that was stopped goes on where its last epoch ended.
+"""Trains a small network on handwritten digits without Lightning. A run that was stopped resumes after its last whole epoch.
 
     torchrun --nproc-per-node 2 examples/plain_pytorch.py --checkpoint digits.pt
     torchrun --nproc-per-node 2 examples/plain_pytorch.py --algorithm gradient_allreduce
 
-Under SLURM or Open MPI: `srun python ...`, `mpirun python ...`. Alone it trains on one process.
+Under SLURM or Open MPI start it by `srun python ...` or `mpirun python ...`. Without a launcher it trains on one process.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import lightning_accel as accel
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1797 images of 8 x 8 pixels; every third is kept for the test."""
+    """Loads 1797 images of 8 x 8 pixels; every third is held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     is_test = torch.arange(len(images)) % 3 == 0
@@ -27,9 +27,9 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", default="bytegrad", help="how gradients travel (default: %(default)s)")
+    parser.add_argument("--algorithm", default="bytegrad", help="algorithm of communication (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--checkpoint", type=Path, help="written after each epoch; where it exists, the run goes on from it")
+    parser.add_argument("--checkpoint", type=Path, help="file to save after each epoch, and to resume from if it exists")
     accel.add_arguments(parser)
     args = parser.parse_args()
 
@@ -46,7 +46,7 @@ def main() -> None:
         first_epoch = 0
         if args.checkpoint is not None and args.checkpoint.exists():
             first_epoch = accel.load_checkpoint(args.checkpoint, model, optimizer)["epoch"]
-            say("going on after epoch %d", first_epoch)
+            say("resuming after epoch %d", first_epoch)
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             for images, labels in loader:
@@ -61,7 +61,7 @@ def main() -> None:
             accuracy = (network(images.to(device)).argmax(1).cpu() == labels).float().mean().item()
         sent = model.statistics
         say("test accuracy %.2f %%, each rank sent %.1f MB", 100 * accuracy, sent.sent_bytes / 1e6)
-        say("in full precision it would have been %.1f MB", sent.full_precision_bytes / 1e6)
+        say("full precision would have taken %.1f MB", sent.full_precision_bytes / 1e6)
     accel.destroy_process_group()
 
 

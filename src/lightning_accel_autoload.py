@@ -1,11 +1,11 @@
-"""Makes the strategy's names known to Lightning without an import by the user.
+"""Registers the strategy's names with Lightning, without an import by the user.
 
 Lightning has no entry point for strategies. PyTorch has one that runs at the end of `import torch` (group `torch.backends`,
-switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0), and everything in Lightning imports torch first. So this module places a
-finder that, once a Lightning root's `strategies` module has been executed, registers factories in its registry. The factories
-import the package when a strategy is made, not before.
+turned off by TORCH_DEVICE_BACKEND_AUTOLOAD=0), and everything in Lightning imports torch first. So this module installs an import
+finder, which registers factories with a Lightning root as soon as the root's `strategies` module has been executed. A factory
+imports the package when it makes a strategy, not before.
 
-This module imports the standard library only, and nothing here may raise: an exception would break `import torch`.
+This module imports only the standard library, and nothing in it may raise: an exception would break `import torch`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 ALGORITHMS = ("gradient_allreduce", "bytegrad", "qadam", "decentralized", "low_precision_decentralized", "async")
-"""Algorithms that have a strategy name of their own, `accel_<algorithm>`."""
+"""Algorithms with a strategy name of their own, `accel_<algorithm>`."""
 
 _ROOTS = {
     "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_accel.strategy.trainer_unified"),
@@ -24,11 +24,11 @@ _ROOTS = {
     "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_unified"),
     "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_accel.strategy.fabric_standalone"),
 }
-"""Modules with a registry, its name there, and where our class for each is."""
+"""{module with a registry: (name of the registry, our module with the strategy for it)}."""
 
 
 def strategy_names() -> dict[str, dict[str, Any]]:
-    """All names, with the arguments each gives to the strategy."""
+    """Returns all strategy names, each with the arguments that it passes to the strategy."""
     names: dict[str, dict[str, Any]] = {"accel": {}}
     names.update({f"accel_{algorithm}": {"algorithm": algorithm} for algorithm in ALGORITHMS})
     names["accel_spawn"] = {"start_method": "spawn"}
@@ -42,11 +42,11 @@ def strategy_names() -> dict[str, dict[str, Any]]:
 
 
 def register(registry: Any, implementation: str) -> None:
-    """Adds the names to a root's registry; those it has already stay.
+    """Adds the names to a root's registry; names that the registry has already stay as they are.
 
     Args:
-        registry: a Lightning `StrategyRegistry`.
-        implementation: module whose `AccelStrategy` the names make.
+        registry: Lightning's `StrategyRegistry`.
+        implementation: Name of the module whose `AccelStrategy` the names create.
     """
 
     def accel_strategy(**arguments: Any) -> Any:
@@ -59,9 +59,9 @@ def register(registry: Any, implementation: str) -> None:
 
 
 def activate() -> None:
-    """Registers in every root that is or will be imported. Idempotent; never raises."""
+    """Registers the names with every Lightning root that is or will be imported. Idempotent; never raises."""
     for name, (attribute, implementation) in _ROOTS.items():
-        with contextlib.suppress(Exception):  # `import torch` must not fail for this, nor another root
+        with contextlib.suppress(Exception):  # neither `import torch` nor another root may fail because of one
             registry = getattr(sys.modules.get(name), attribute, None)
             if registry is not None:
                 register(registry, implementation)
@@ -70,7 +70,7 @@ def activate() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing by itself: it lets the others find a root's module, and wraps its loader."""
+    """Lets other finders find a root's module, and wraps its loader."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in _ROOTS:
@@ -82,14 +82,14 @@ class _Finder(importlib.abc.MetaPathFinder):
             finally:
                 sys.meta_path.insert(0, self)
         except Exception:
-            return None  # let the import system find the same error by itself
+            return None  # the import system will find the same error by itself
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    """Registers after the module has been executed; after that, the module shows its own loader again."""
+    """Registers the names after its module has been executed, and gives the module its own loader back."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

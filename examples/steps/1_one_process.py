@@ -1,4 +1,4 @@
-"""Step 1: one process, and nothing of ours yet. The next steps change as little of this as they can.
+"""Step 1: one process, without lightning-accel. The next steps change as little of this program as they can.
 
 python examples/steps/1_one_process.py
 """
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1797 images of 8 x 8 pixels; every third is kept for the test."""
+    """Loads 1797 images of 8 x 8 pixels; every third is held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     is_test = torch.arange(len(images)) % 3 == 0

@@ -1,8 +1,8 @@
-"""Step 3: processes started by torchrun, which starts all again when one dies; training goes on from the last snapshot.
+"""Step 3: torchrun starts the processes, and restarts all when one dies; training resumes from the last snapshot.
 
 lightning-accel run --nproc-per-node 2 --max-restarts 3 examples/steps/3_torchrun_snapshots.py --snapshot digits.pt
 
-Kill one of the processes (kill -9) and see. New against step 2 are the lines marked so.
+Kill one of the processes (kill -9) to see it. Comments mark the lines that are new since step 2.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import lightning_accel as accel
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1797 images of 8 x 8 pixels; every third is kept for the test."""
+    """Loads 1797 images of 8 x 8 pixels; every third is held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     is_test = torch.arange(len(images)) % 3 == 0
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--snapshot", type=Path, default="digits.pt")  # new
     args = parser.parse_args()
 
-    accel.init_process_group("gloo", seed=0)  # new: torchrun has told who takes part
+    accel.init_process_group("gloo", seed=0)  # new: torchrun's variables tell the ranks
     torch.set_num_threads(1)
     say = accel.get_logger().info  # new: prints on rank 0
     train, test = digits()
@@ -42,14 +42,14 @@ def main() -> None:
         first_epoch = 0
         if args.snapshot.exists():  # new: weights, optimizer, the algorithm's state and the epoch
             first_epoch = accel.load_checkpoint(args.snapshot, ddp, optimizer)["epoch"]
-            say("going on after epoch %d", first_epoch)
-        loader.sampler.set_epoch(first_epoch)  # new: so the order of images is that of an undisturbed run
+            say("resuming after epoch %d", first_epoch)
+        loader.sampler.set_epoch(first_epoch)  # new: gives images the order of an undisturbed run
         for epoch in range(first_epoch, args.epochs):
             for images, labels in loader:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(ddp(images), labels).backward()
                 optimizer.step()
-            accel.save_checkpoint(args.snapshot, ddp, optimizer, epoch=epoch + 1)  # new: complete, or the old one stays
+            accel.save_checkpoint(args.snapshot, ddp, optimizer, epoch=epoch + 1)  # new: replaces the old snapshot when complete
 
         images, labels = test.tensors
         with torch.inference_mode():

@@ -1,10 +1,10 @@
-"""Step 4: several machines. On each of two, with the same files on both and a folder that both see for the snapshot:
+"""Step 4: several machines, here two, with the same files on both and a shared folder for the snapshot. Run one line on each:
 
 lightning-accel run --nnodes 2 --node-rank 0 --master-addr node0 --nproc-per-node 4 examples/steps/4_several_nodes.py
 lightning-accel run --nnodes 2 --node-rank 1 --master-addr node0 --nproc-per-node 4 examples/steps/4_several_nodes.py
 
 Or from one of them: lightning-accel ssh-run --host-list node0,node1 --nproc-per-node 4 examples/steps/4_several_nodes.py
-Or by a scheduler: examples/slurm.sbatch, examples/openmpi.sh. New against step 3 are the lines marked so.
+Or by a scheduler: examples/slurm.sbatch, examples/openmpi.sh. Comments mark the lines that are new since step 3.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import lightning_accel as accel
 
 
-def prepare(file: Path) -> None:  # new: as a download would be, once on each machine
+def prepare(file: Path) -> None:  # new: runs once on each machine, as a download would
     if accel.get_local_rank() == 0:
         pixels, labels = load_digits(return_X_y=True)
         torch.save((torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)), file)
@@ -28,7 +28,7 @@ def prepare(file: Path) -> None:  # new: as a download would be, once on each ma
 
 
 def digits(file: Path) -> tuple[TensorDataset, TensorDataset]:
-    """1797 images of 8 x 8 pixels; every third is kept for the test."""
+    """Loads 1797 images of 8 x 8 pixels; every third is held out for the test."""
     images, labels = torch.load(file, weights_only=True)
     is_test = torch.arange(len(images)) % 3 == 0
     return TensorDataset(images[~is_test], labels[~is_test]), TensorDataset(images[is_test], labels[is_test])
@@ -37,12 +37,12 @@ def digits(file: Path) -> tuple[TensorDataset, TensorDataset]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--snapshot", type=Path, default="digits.pt", help="where all machines see it")
-    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir(), "digits_data.pt"), help="on each machine")  # new
+    parser.add_argument("--snapshot", type=Path, default="digits.pt", help="file that all machines share")
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir(), "digits_data.pt"), help="local data file")  # new
     args = parser.parse_args()
 
     found = accel.init_process_group("gloo", seed=0)
-    if accel.get_local_rank() == 0:  # new: each machine says what it takes itself for, and from which variables
+    if accel.get_local_rank() == 0:  # new: prints the ranks of each machine, and the variables they come from
         print(found, flush=True)
     torch.set_num_threads(1)
     say = accel.get_logger().info
@@ -52,7 +52,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
-    # new: "auto" is the default: inside a machine gradients are summed in full precision, between machines they travel as codes
+    # new: "auto", the default, sums gradients in full precision inside a machine, and sends them compressed between machines
     with accel.wrap(model, optimizer, "bytegrad", hierarchical="auto") as ddp:
         first_epoch = accel.load_checkpoint(args.snapshot, ddp, optimizer)["epoch"] if args.snapshot.exists() else 0
         loader.sampler.set_epoch(first_epoch)

@@ -1,4 +1,4 @@
-"""Step 5: the same with Lightning, which brings the loop, the snapshots, and the processes of this machine.
+"""Step 5: the same with Lightning, which provides the loop, the snapshots and the processes on this machine.
 
 python examples/steps/5_lightning.py --devices 2
 On several machines, as in step 4: lightning-accel run ... examples/steps/5_lightning.py --devices 4 --nodes 2
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1797 images of 8 x 8 pixels; every third is kept for the test."""
+    """Loads 1797 images of 8 x 8 pixels; every third is held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     is_test = torch.arange(len(images)) % 3 == 0
@@ -40,15 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--devices", type=int, default=2, help="processes on each machine")
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--folder", type=Path, default="digits_snapshots", help="where all machines see it")
+    parser.add_argument("--nodes", type=int, default=1, help="number of machines")
+    parser.add_argument("--folder", type=Path, default="digits_snapshots", help="folder that all machines share")
     args = parser.parse_args()
 
     seed_everything(0, verbose=False)
     torch.set_num_threads(1)
     train, test = digits()
     trainer = Trainer(
-        strategy="accel_bytegrad",  # the one word
+        strategy="accel_bytegrad",  # one word chooses the communication
         accelerator="cpu",
         devices=args.devices,
         num_nodes=args.nodes,

@@ -27,7 +27,7 @@ _MODULES = {
     "QAdamOptimizer": "optim.qadam",
     "Replica": "data_parallel.replica",
     "Statistics": "background.statistics",
-    "add_arguments": "launch.process_group",
+    "add_arguments": "launch.arguments",
     "destroy_process_group": "launch.process_group",
     "get_dataloader": "data_parallel.data",
     "get_local_rank": "launch.process_group",

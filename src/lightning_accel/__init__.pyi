@@ -17,7 +17,7 @@ from lightning_accel.data_parallel.replica import Replica as Replica
 from lightning_accel.data_parallel.wrap import AccelDataParallel as AccelDataParallel
 from lightning_accel.data_parallel.wrap import unwrap as unwrap
 from lightning_accel.data_parallel.wrap import wrap as wrap
-from lightning_accel.launch.process_group import add_arguments as add_arguments
+from lightning_accel.launch.arguments import add_arguments as add_arguments
 from lightning_accel.launch.process_group import destroy_process_group as destroy_process_group
 from lightning_accel.launch.process_group import get_local_rank as get_local_rank
 from lightning_accel.launch.process_group import get_local_world_size as get_local_world_size

@@ -1,4 +1,4 @@
-"""Rank, world size and node of this process, from arguments or a launcher's variables. The only reader of os.environ."""
+"""Detects rank, world size and node of this process from arguments or a launcher's variables. The only reader of os.environ."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 DEFAULT_PORT = 29500
-"""Of the address where ranks meet, as in torchrun."""
+"""Port of the rendezvous host, as in torchrun."""
 
 
 def node_name() -> str:
-    """A name that processes on one machine share and others do not.
+    """Returns a name that all processes on this machine share, and no others.
 
-    torchrun's GROUP_RANK or Lightning's NODE_RANK where one is set (several hosts may carry the same name), else the
-    host's name.
+    The name comes from torchrun's GROUP_RANK or Lightning's NODE_RANK if one is set, because several hosts may carry the same
+    name, else from the host.
     """
     for variable in ("GROUP_RANK", "NODE_RANK"):
         if value := os.environ.get(variable):
@@ -26,34 +26,29 @@ def node_name() -> str:
 
 
 def variable(name: str) -> str | None:
-    """A variable's value here, None where it is not set."""
+    """Returns the value of an environment variable, or None if it is not set."""
     return os.environ.get(name)
 
 
 def torchrun_attempt() -> str | None:
-    """Which attempt of torchrun's this is, from "0" on, if its agent holds the store where ranks meet; else None."""
+    """Returns the number of torchrun's attempt, from "0" on, if torchrun's agent hosts the rendezvous store, else None."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
-
-
-def wants_peer_memory() -> bool:
-    """Whether LIGHTNING_ACCEL_PEER_MEMORY=1 asks for all_reduces over memory that GPUs of a node share (docs/design/0011)."""
-    return os.environ.get("LIGHTNING_ACCEL_PEER_MEMORY") == "1"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where this process stands among all.
+    """This process among all processes.
 
     Attributes:
-        launcher: who started it: "arguments", "torchrun", "Open MPI", "MPICH", "SLURM" or "single process".
-        rank: of the process.
-        world_size: number of processes.
-        local_rank: on its node.
-        local_world_size: number of processes on its node.
-        node_rank: of its node.
-        host: where ranks meet: rank 0's name or address.
-        port: of that.
-        sources: for each of the above, the argument or variable it comes from.
+        launcher: Source of the ranks: "arguments", "torchrun", "Open MPI", "MPICH", "SLURM" or "single process".
+        rank: Rank of the process.
+        world_size: Number of processes.
+        local_rank: Rank of the process on its node.
+        local_world_size: Number of processes on its node.
+        node_rank: Rank of its node.
+        host: Name or address of the rendezvous host, which runs rank 0.
+        port: Port of the rendezvous host.
+        sources: Argument or variable that each of the values above comes from.
     """
 
     launcher: str
@@ -73,36 +68,31 @@ class Environment:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """The variables of a launcher. `mark` shows that it started the process; the others must be there then.
+    """Names of a launcher's variables; an empty name means that the launcher has no such variable.
 
-    An empty name means that the launcher has no such variable.
+    If the variable `mark`, by default the rank's, is set, the launcher started this process, and the others must be set too.
     """
 
     name: str
-    mark: str
     rank: str
     world_size: str
     local_rank: str
-    local_world_size: str
-    node_rank: str
+    local_world_size: str = ""
+    node_rank: str = ""
+    mark: str = ""
 
 
-# The innermost first: torchrun and mpirun also run inside of SLURM jobs. MPICH's ranks are marked by a variable of its own, as
-# SLURM may set PMI_RANK too. SLURM's names are those that srun alone sets: the shell of a job has a rank too, but stands for no
-# task.
+# Innermost first: torchrun and mpirun also run inside SLURM jobs. SLURM may set PMI_RANK too, so MPICH is recognised by its own
+# variable. For SLURM only variables of srun count: the shell of a job has a rank too, but is not one of the tasks.
 _LAUNCHERS = (
-    _Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     _Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "",
+        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
     ),
-    _Launcher("MPICH", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ""),
-    _Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
+    _Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", mark="MPI_LOCALRANKID"),
+    _Launcher(
+        "SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", node_rank="SLURM_NODEID", mark="SLURM_STEP_NUM_TASKS"
+    ),
 )
 
 
@@ -116,25 +106,25 @@ def detect(
     port: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Environment:
-    """Finds out where this process stands: from arguments where they are given, else from its launcher's variables.
+    """Detects this process's ranks and sizes, from arguments if they are given, else from its launcher's variables.
 
     Args:
-        rank: of the process; with it `world_size` is needed, and variables of launchers are not looked at.
-        world_size: number of processes.
-        local_rank: on its node; else the launcher's, and with `rank` the same.
-        local_world_size: number of processes on its node; else the launcher's, and with `world_size` the same.
-        host: where ranks meet; else MASTER_ADDR, else what the launcher tells.
-        port: of that; else MASTER_PORT, else 29500.
-        variables: of the environment; None reads os.environ.
+        rank: Rank of the process; it needs `world_size`, and no launcher's ranks are read then.
+        world_size: Number of processes; it needs `rank`.
+        local_rank: Rank on its node; the default is the launcher's, or `rank` if that is given.
+        local_world_size: Number of processes on its node; the default is the launcher's, or `world_size` if that is given.
+        host: Name or address of the rendezvous host; the default is MASTER_ADDR, else what the launcher's variables tell.
+        port: Port of the rendezvous host; the default is MASTER_PORT, else a port derived from SLURM's job, else 29500.
+        variables: Environment variables; None reads os.environ.
 
     Raises:
-        ValueError: for what is missing, no number, or a contradiction; names the argument or variable.
+        ValueError: An argument or variable is missing, malformed, or contradicts another; the message names it.
     """
     env = os.environ if variables is None else variables
     known: dict[str, tuple[int, str]] = {}
-    rank, world_size = _whole("rank", rank), _whole("world_size", world_size)
-    local = {"local_rank": _whole("local_rank", local_rank), "local_world_size": _whole("local_world_size", local_world_size)}
-    port = _whole("port", port)
+    rank, world_size = _to_int("rank", rank), _to_int("world_size", world_size)
+    local = {"local_rank": _to_int("local_rank", local_rank), "local_world_size": _to_int("local_world_size", local_world_size)}
+    port = _to_int("port", port)
     known.update({name: (value, "argument") for name, value in local.items() if value is not None})
     if rank is not None or world_size is not None:
         launcher = "arguments"
@@ -159,9 +149,9 @@ def detect(
 
 
 def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) -> str:
-    """Adds to `known` what it does not hold yet; returns the launcher's name."""
+    """Adds ranks and sizes that `known` lacks, from the launcher's variables; returns the launcher's name."""
     for launcher in _LAUNCHERS:
-        if launcher.mark not in env:
+        if (launcher.mark or launcher.rank) not in env:
             continue
         for name in ("rank", "world_size", "local_rank", "local_world_size", "node_rank"):
             variable = getattr(launcher, name)
@@ -176,8 +166,8 @@ def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) ->
         return launcher.name
     if "WORLD_SIZE" in env and env["WORLD_SIZE"] != "1":
         raise ValueError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: start with torchrun, or set RANK too. Under Lightning's "
-            "Trainer and Fabric, which know their own launchers, ask these for ranks"
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: start with torchrun, or set RANK too. Lightning's "
+            "Trainer and Fabric have launchers of their own: with them, ask the Trainer or Fabric for ranks"
         )
     for name, value in (("rank", 0), ("world_size", 1), ("local_rank", 0), ("local_world_size", 1)):
         known.setdefault(name, (value, "no launcher's variables"))
@@ -185,12 +175,12 @@ def _read_launcher(env: Mapping[str, str], known: dict[str, tuple[int, str]]) ->
 
 
 def _node_rank_of(known: dict[str, tuple[int, str]]) -> tuple[int, str]:
-    """Where nodes have equally many ranks, in order."""
+    """Derives the node's rank, assuming that each node has equally many consecutive ranks."""
     return known["rank"][0] // max(known["local_world_size"][0], 1), "rank"
 
 
-def _whole(name: str, value: object) -> int | None:
-    """A whole number of any kind, NumPy's for one."""
+def _to_int(name: str, value: object) -> int | None:
+    """Converts an integer of any type, such as NumPy's, to int."""
     if value is None:
         return None
     try:
@@ -209,9 +199,9 @@ def _check(known: dict[str, tuple[int, str]]) -> None:
     node, source = known["node_rank"]
     if node < 0:
         raise ValueError(f"node_rank must be at least 0: got {node} ({source})")
-    (local, source), (everywhere, _) = known["local_world_size"], known["world_size"]
-    if local > everywhere:
-        raise ValueError(f"local_world_size must be at most world_size {everywhere}: got {local} ({source})")
+    (local, source), (total, _) = known["local_world_size"], known["world_size"]
+    if local > total:
+        raise ValueError(f"local_world_size must be at most world_size {total}: got {local} ({source})")
 
 
 def _find_host(host: str | None, env: Mapping[str, str], launcher: str, is_local: bool) -> tuple[str, str]:
@@ -224,7 +214,7 @@ def _find_host(host: str | None, env: Mapping[str, str], launcher: str, is_local
     if is_local:
         return "127.0.0.1", "all ranks are on this node"
     raise ValueError(
-        f"MASTER_ADDR is not set, and {launcher} does not tell where rank 0 is: give host, or set MASTER_ADDR on all ranks"
+        f"MASTER_ADDR is not set, and {launcher} does not tell where rank 0 runs: give host, or set MASTER_ADDR on all ranks"
     )
 
 
@@ -234,7 +224,7 @@ def _find_port(port: int | None, env: Mapping[str, str], launcher: str) -> tuple
     if env.get("MASTER_PORT"):
         return _number(env, "MASTER_PORT", launcher), "MASTER_PORT"
     if launcher == "SLURM":
-        # Jobs that share a node need ports of their own.
+        # Jobs that share a node need different ports.
         return 15000 + _number(env, "SLURM_JOB_ID", launcher) % 10000, "SLURM_JOB_ID"
     return DEFAULT_PORT, "default"
 
@@ -254,7 +244,7 @@ def _number(env: Mapping[str, str], variable: str, launcher: str) -> int:
 
 
 def _expand_counts(text: str) -> list[int]:
-    """SLURM's way to write one count for each node: "2(x3),1" is 2, 2, 2, 1."""
+    """Expands SLURM's notation of one count per node: "2(x3),1" is 2, 2, 2, 1."""
     counts = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
@@ -265,7 +255,7 @@ def _expand_counts(text: str) -> list[int]:
 
 
 def _first_host(text: str) -> str:
-    """First of SLURM's list of hosts: "gpu[07-09,12],cpu1" begins with gpu07."""
+    """Returns the first host of SLURM's list: "gpu[07-09,12],cpu1" begins with gpu07."""
     match = re.fullmatch(r"([^\[\],]+)(?:\[(\d+)[^\]]*\])?([^\[\],]*)(?:,.*)?", text)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST must be like gpu[07-09],cpu1: got {text!r}")

@@ -1,4 +1,4 @@
-"""How a native kernel is called that takes addresses alone."""
+"""The one door to the compiled kernels: how they are called, and the numbers they share with Python."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from typing import Any
 
 import torch
 
-from lightning_accel import _native
+from lightning_accel import _native as kernels
 
+__all__ = ["BLOCK_NUMEL", "DTYPES", "kernels", "run_kernel"]
 
-def run_kernel(kernel: Callable[..., None], device: torch.device, *operands: Any) -> None:
-    """Calls a function of the native module with whether it shall run on a GPU, and the stream, as its last two arguments.
-
-    On CUDA it is enqueued on the current stream of `device`.
-    """
-    if device.type == "cpu":
-        kernel(*operands, False, 0)
-        return
-    with torch.cuda.device(device):
-        kernel(*operands, True, torch.cuda.current_stream(device).cuda_stream)
-
-
-BLOCK_NUMEL = _native.BLOCK_NUMEL
-"""Elements that share one scale, and the unit in which parameters are dealt out to ranks."""
-
+BLOCK_NUMEL = kernels.BLOCK_NUMEL
+"""Elements of a block, the unit in which parameters are dealt out to ranks."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Of tensors that can be sent; the position is the native code."""
+"""The dtypes that can be sent; the position is the native code."""
+
+
+def run_kernel(kernel: Callable[..., None], device: torch.device, *operands: Any, on_cuda: int = True) -> None:
+    """Calls a kernel, on CUDA on the current stream of `device`.
+
+    Args:
+        kernel: Function of `kernels` whose last two arguments say where it runs: on a GPU or not, and the stream.
+        device: Device of the operands.
+        *operands: The kernel's other arguments.
+        on_cuda: What says "on a GPU". Kernels that follow a plan take the address of its table of segments.
+    """
+    if device.type == "cpu":
+        kernel(*operands, 0, 0)
+        return
+    with torch.cuda.device(device):
+        kernel(*operands, on_cuda, torch.cuda.current_stream(device).cuda_stream)

@@ -99,7 +99,7 @@ CHECKS = {
     "decentralized shift_one": exchanging(decentralized.check, (Decentralized("shift_one", 2), 1, None, {})),
     "low_precision_decentralized": exchanging(ring.check, (LowPrecisionDecentralized(), 1, None, 7)),
     "low_precision_decentralized bf16": exchanging(ring.check, (LowPrecisionDecentralized("bf16", 3), 2, None, 7)),
-    "async": check_async,  # the last: it stops the clock
+    "async": check_async,  # the last: it replaces `weight_means.mean`
 }
 
 

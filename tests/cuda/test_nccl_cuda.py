@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from helpers.ranks import _load, own_threads, run_ranks
 from helpers.sequences import failures_of
 from helpers.tensors import CODECS, DTYPES, assert_same_bits, awkward, normal
 from lightning_accel import AsyncAverage, ByteGrad, Decentralized, GradientAllReduce, QAdam, QAdamAlgorithm, Replica
+from lightning_accel.background.comm_queue import Step
 from lightning_accel.background.communicator import Communicator
 from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
 from lightning_accel.collectives.two_shot import compressed_all_reduce_steps
@@ -31,7 +33,8 @@ from lightning_accel.compression.codecs import NEEDING_FEEDBACK
 from lightning_accel.compression.error_feedback import Feedback, Residuals
 from lightning_accel.optim import Phase
 from lightning_accel.reference.collectives import compressed_all_reduce as specified
-from lightning_accel.transport.group import Group, backend_of
+from lightning_accel.transport.gloo import backend_of
+from lightning_accel.transport.group import Group
 from lightning_accel.transport.scratch import Scratch
 from lightning_accel.transport.topology import discover
 
@@ -112,9 +115,7 @@ def two_shot(rank, world_size, device):
             tensor, scratch = Tensor(codec, dtype, 1, device), Scratch()
             arguments = tensor.on_device, tensor.plan, first, second, scratch
             steps = compressed_all_reduce_steps(*arguments, divisor=3.0, feedback=tensor.feedback)
-            assert len(steps) == 3
-            for step in steps:
-                step()
+            assert sum(1 for _ in steps) == len(tensor.plan.phases) - 1 == 2
             tensor.expect()
             tensor.check(f"{codec}, {dtype}")
 
@@ -142,8 +143,9 @@ def queues(rank, world_size, device):
         for k, (tensor, scratch) in enumerate(zip(tensors, kept, strict=True)):
             arguments = tensor.on_device, tensor.plan, opened[0].group, opened[1].group, scratch
             steps = compressed_all_reduce_steps(*arguments, divisor=3.0, feedback=tensor.feedback)
-            stages = [(queue, noted(place, step)) for place, (queue, step) in enumerate(zip(opened, steps, strict=True))]
-            futures.append(communicator.submit(f"bucket {k}", tensor.on_device, *stages))
+            run = partial(next, steps, None)
+            parts = [Step(name, opened[k], noted(k, run)) for k, name in enumerate(tensor.plan.phases)]
+            futures.append(communicator.submit(f"bucket {k}", tensor.on_device, *parts))
         if device != "cpu":
             assert not own_threads()
         communicator.wait()
@@ -179,7 +181,7 @@ def order_of_streams(rank, world_size, device):
     for value in (1.0, 2.0):
         sleep(device)
         tensor.fill_(value)
-        result = communicator.submit("bucket", tensor, (one, first), (other, second)).wait().clone()
+        result = communicator.submit("bucket", tensor, Step("first", one, first), Step("second", other, second)).wait().clone()
         assert_same_bits(seen, torch.full((1000,), value), "what the first stage has read")
         assert_same_bits(result, torch.full((1000,), 10 * (2 * value + 1)), "what the training stream has read")
     communicator.close()
@@ -200,7 +202,7 @@ def submit_and_forget(kind, communicator, queue, seen):
         sleep(device)
         seen.copy_(memory)
 
-    communicator.submit("bucket", tensor, (queue, read))
+    communicator.submit("bucket", tensor, Step("read", queue, read))
     scratch.clear([queue.stream] if queue.stream is not None else [])
     return memory.data_ptr()
 
@@ -341,10 +343,10 @@ def async_buffers(rank, world_size, device):
     """Catches averaging by NCCL, whose kernels a thread of its own would enqueue between training's in any order, and memory
     that is not pinned, from which copies wait."""
     training = Training(AsyncAverage(), device)
-    algorithm = training.replica.algorithm
-    assert backend_of(algorithm._meetings.group.process_group, torch.device("cpu")) == "gloo"
+    meetings = training.replica.algorithm.meetings
+    assert backend_of(meetings.queue.group.process_group, torch.device("cpu")) == "gloo"
     if device != "cpu":
-        assert all(tensor.is_pinned() for tensor in (*algorithm._contributions, *algorithm._corrections))
+        assert all(tensor.is_pinned() for tensor in (*meetings.contributions, *meetings.corrections))
     training.replica.close()
 
 

@@ -29,19 +29,19 @@ def test_mean_of_rows(dtype, numel):
         rows = torch.randn(count * numel, dtype=torch.float64).to(dtype)
         expected = torch.full((numel + GUARD,), 7, dtype=dtype)
         got = expected.cuda()
-        weight_means._mean_of_rows(rows, count, expected[:numel])
-        weight_means._mean_of_rows(rows.cuda(), count, got[:numel])
+        weight_means.mean_of_rows(rows, count, expected[:numel])
+        weight_means.mean_of_rows(rows.cuda(), count, got[:numel])
         assert same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("numel", SIZES)
-def test_ring_difference(dtype, numel):
+def test_difference_to_neighbours(dtype, numel):
     """As above, and contraction into fused operations."""
     x, w, left, right = (torch.randn(numel + GUARD, dtype=torch.float64).to(dtype) for _ in range(4))
     on_gpu = [tensor.cuda() for tensor in (x, w, left, right)]
-    ring._ring_difference(x[:numel], w[:numel], left[:numel], right[:numel])
-    ring._ring_difference(*(tensor[:numel] for tensor in on_gpu))
+    ring.difference_to_neighbours(x[:numel], w[:numel], left[:numel], right[:numel])
+    ring.difference_to_neighbours(*(tensor[:numel] for tensor in on_gpu))
     assert same_bits(on_gpu[0], x)
 
 

@@ -435,7 +435,7 @@ def memory(rank, world_size):
     ):
         training = Training(torch.nn.Linear(4, 20_000), algorithm, partial(torch.optim.SGD, lr=0.0))
         replica, bound = training.replica, training.replica.algorithm
-        kept = [*bound.buffers, *getattr(bound, "_corrections", ())]
+        kept = [*bound.buffers, *(bound.meetings.corrections if isinstance(algorithm, AsyncAverage) else ())]
         kept += [tensor for ring in getattr(bound, "rings", ()) for tensor in (ring.own, ring.left, ring.right)]
         for round_ in range(8):
             training.ddp(inputs_of(rank, round_)).sum().backward()

@@ -17,6 +17,7 @@ from torch import nn
 import lightning_accel as accel
 from helpers import programs
 from helpers.ranks import own_threads, run_ranks, run_script
+from lightning_accel.background.comm_queue import Step
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 STEP = EXAMPLE.with_name("steps") / "3_torchrun_snapshots.py"
@@ -34,7 +35,7 @@ def test_the_example_learns_and_goes_on_after_a_stop(tmp_path, port):
     assert "[rank 1]" not in whole.stdout
     for epochs in (5, 12):
         said, _ = run_script(EXAMPLE, 2, "--epochs", epochs, "--checkpoint", tmp_path / "parts.pt", folder=tmp_path)
-    assert "going on after epoch 5" in said
+    assert "resuming after epoch 5" in said
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
@@ -65,7 +66,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, port):
     run_script(STEP, 2, "--epochs", 5, "--snapshot", tmp_path / "whole.pt", folder=tmp_path)
     killed = torchrun(port, "--max-restarts", 1, script, "--epochs", 5, "--snapshot", tmp_path / "killed.pt")
     assert killed.returncode == 0, killed.stderr
-    assert "going on after epoch 3" in killed.stdout
+    assert "resuming after epoch 3" in killed.stdout
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
@@ -261,11 +262,11 @@ def use_closed(rank, world_size, folder):
         ddp.replica.resume()
         assert accel.unwrap(ddp) is accel.unwrap(ddp) is model
         assert not own_threads()
-        queue = ddp.replica.communicator._queues[0]
+        queue = ddp.replica.communicator.queues[0]
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.submit("late", torch.zeros(1), (queue, lambda: None))
+            ddp.replica.communicator.submit("late", torch.zeros(1), Step("late", queue, lambda: None))
         with pytest.raises(RuntimeError, match="late was started after communication was closed"):
-            ddp.replica.communicator.run("late", lambda: None, queue)
+            ddp.replica.communicator.run_detached("late", lambda: None, queue)
         assert not own_threads()
 
         failed = []

@@ -13,6 +13,8 @@ from helpers.tensors import CODECS, assert_same_bits
 from helpers.training import TIMEOUT, Training
 from lightning_accel import ByteGrad, CommunicationError, QAdam, QAdamAlgorithm, Replica, wrap
 from lightning_accel.optim import Phase
+from lightning_accel.optim.frozen_variance import find_floors
+from lightning_accel.reference.bagua_qadam import BaguaQAdam as BaguaSpecification
 from lightning_accel.reference.qadam import QAdam as Specification
 
 SIZES = (700, 20_000, 33, 1)
@@ -134,9 +136,7 @@ def test_groups_have_their_own_betas_and_rates():
 def check_bagua(rank, world_size):
     arguments = {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1}
     training = training_of(QAdamAlgorithm("minmax_uint8"), bagua_compat=True, **arguments)
-    specification = Specification(
-        weights(training), world_size, codec="minmax_uint8", error_feedback=False, bagua=True, **arguments
-    )
+    specification = BaguaSpecification(weights(training), world_size, codec="minmax_uint8", error_feedback=False, **arguments)
     right = Specification(weights(training), world_size, codec="minmax_uint8", **arguments)
     for step in range(7):
         of_ranks = gradients(world_size, step)
@@ -532,7 +532,7 @@ def freeze_together(rank, world_size):
             ddp(torch.full((2, 4), 1.0 + rank + step)).square().sum().backward()
             for optimizer in (reached, other):
                 optimizer.step()
-    floors = reached.floors().values()
+    floors = find_floors(reached)
     variances = [other.state[parameter]["exp_avg_sq"] for parameter in model[1].parameters()]
     return [variance.min().item() for variance in variances], [variance.max().item() for variance in variances], len(floors)
 

@@ -161,6 +161,41 @@ def test_a_second_optimizer_sees_nothing_new():
     run_ranks(two_optimizers, 2)
 
 
+class _TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.first(inputs).sum(), self.second(inputs).sum()
+
+
+def late_backward(rank, world_size):
+    register_algorithm("recording")(Recording)
+    ddp = DistributedDataParallel(_TwoHeads())
+    first, second = (torch.optim.SGD(head.parameters(), lr=0.1) for head in (ddp.module.first, ddp.module.second))
+    replica = Replica(ddp, Recording(), [first, second], timeout=TIMEOUT)
+    recorder = replica.algorithm
+    one, other = ddp(data(rank))
+    one.backward()
+    first.step()
+    other.backward()  # completes the bucket that both heads are in
+    second.step()
+    assert recorder.take() == ["before_forward", "before_step", ONE_BUCKET]
+    with ddp.no_sync():
+        sum(ddp(data(rank))).backward()
+    sum(ddp(data(rank))).backward()
+    first.step()
+    assert recorder.take() == ROUND
+    assert replica.rounds == 2
+    replica.close()
+
+
+def test_gradients_reduced_after_the_step_leave_the_next_round_alone():
+    """Catches reduced gradients that are remembered past their round: the next one would end at its first micro-batch."""
+    run_ranks(late_backward, 2)
+
+
 def evaluation(rank, world_size):
     ddp, replica, recorder, (optimizer,) = setup()
     with torch.no_grad():

@@ -92,7 +92,6 @@ class Training:
     @property
     def scratch_bytes(self) -> int:
         """Bytes that the queues and buckets hold for what is under way."""
-        reducer = getattr(self.replica.algorithm, "_plans", None)
-        scratches = [queue.scratch for queue in self.replica.communicator._queues]
-        scratches += [] if reducer is None else [bucket.kept for bucket in reducer._buckets.values()]
-        return sum(scratch.allocated_bytes for scratch in scratches)
+        if (reducer := getattr(self.replica.algorithm, "reducer", None)) is not None:
+            return reducer.pipeline.allocated_bytes
+        return sum(queue.scratch.allocated_bytes for queue in self.replica.communicator.queues)

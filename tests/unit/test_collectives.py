@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from helpers.tensors import CODECS, DTYPES, SIZES, assert_same_bits, awkward, normal
-from lightning_accel.collectives.hierarchical import HierarchicalPlan, hierarchical_all_reduce
+from lightning_accel.collectives.hierarchical import HierarchicalPlan, hierarchical_all_reduce_steps
 from lightning_accel.collectives.message_plan import TwoShotPlan, pieces_of
+from lightning_accel.collectives.sharded import all_gather_steps, finish, reduce_scatter_steps
 from lightning_accel.collectives.two_shot import compressed_all_reduce
 from lightning_accel.compression.block_layout import Layout
 from lightning_accel.reference import collectives as reference
+from lightning_accel.reference.codecs import canonical, quantise, value_dtype
 from lightning_accel.transport.group import Group
 from lightning_accel.transport.scratch import Scratch
 
@@ -134,7 +136,8 @@ def test_hierarchical_is_as_specified_on_every_rank(codec, nodes):
             bucket = torch.cat([of_ranks[rank][parameter] for parameter in order])
             places = places_in(of_ranks[rank], order)
             plan = HierarchicalPlan.build(codec, dtype, layout, layout.share(local_rank, len(nodes)), places, node, peers)
-            hierarchical_all_reduce(bucket, plan, node, peers, Scratch(), divisor=world_size)
+            memory = Scratch(), Scratch(), Scratch()
+            finish(hierarchical_all_reduce_steps(bucket, plan, node, peers, node, *memory, divisor=world_size))
             return split_again(bucket, of_ranks[rank], order)
 
         for rank, results in enumerate(on_ranks(world_size, work)):
@@ -142,6 +145,67 @@ def test_hierarchical_is_as_specified_on_every_rank(codec, nodes):
                 tensors = [tensors[parameter] for tensors in of_ranks]
                 expected = reference.hierarchical_all_reduce(tensors, nodes, codec, world_size)
                 assert_same_bits(result, expected, f"{dtype}, rank {rank}, parameter {parameter}")
+
+
+def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_reduce_scatter_quantises_once(codec, world_size):
+    """Catches a sum that is quantised again, is not in rank order, or belongs to another rank; and bytes beyond n-1 messages."""
+    for dtype in DTYPES:
+        of_ranks = gradients(world_size, dtype, (0, 1, 513, 5003))
+        layout, mail = Layout([t.numel() for t in of_ranks[0]], world_size), Mail(world_size)
+        pieces = pieces_of(layout, places_in(of_ranks[0], range(len(of_ranks[0]))))
+
+        def work(rank, of_ranks=of_ranks, dtype=dtype, pieces=pieces, mail=mail):
+            plan = TwoShotPlan.build(codec, dtype, pieces, world_size, rank, scatter=True)
+            shard = torch.full((plan.shard_numel,), 7.0, dtype=plan.shard.value_dtype)
+            group = ThreadGroup(mail, rank)
+            finish(reduce_scatter_steps(whole(of_ranks[rank]), plan, shard, group, Scratch(), divisor=world_size))
+            assert group.sent_bytes == (world_size - 1) * plan.stride_bytes
+            return shard
+
+        for rank, shard in enumerate(on_ranks(world_size, work)):
+            start = 0
+            for parameter in range(len(of_ranks[0])):
+                coded = [quantise(tensors[parameter].to(shard.dtype), codec) for tensors in of_ranks]
+                mean = torch.zeros_like(coded[0])
+                for one in coded:
+                    mean = mean + one
+                for span in layout.spans(parameter):
+                    if span.owner == rank:
+                        expected = (mean / world_size)[span.start : span.start + span.numel]
+                        got = shard[start : start + span.numel]
+                        assert_same_bits(canonical(got), canonical(expected), f"{dtype}, rank {rank}, parameter {parameter}")
+                        start += span.numel
+            assert start == shard.numel()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_gather_gives_all_ranks_the_same_bits(codec, world_size):
+    """Catches a rank that keeps its own shard as it was, where the others see its code."""
+    for dtype in DTYPES:
+        parameters = gradients(1, dtype, (0, 1, 513, 5003))[0]
+        layout, mail = Layout([t.numel() for t in parameters], world_size), Mail(world_size)
+        pieces = pieces_of(layout, places_in(parameters, range(len(parameters))))
+
+        def work(rank, parameters=parameters, dtype=dtype, pieces=pieces, mail=mail):
+            plan = TwoShotPlan.build(codec, dtype, pieces, world_size, rank, scatter=True)
+            own = [piece for piece in pieces if piece.span.owner == rank]
+            values = whole(parameters)
+            parts = [values[piece.tensor_offset : piece.tensor_offset + piece.span.numel] for piece in own]
+            tensor, group = torch.zeros_like(values), ThreadGroup(mail, rank)
+            finish(all_gather_steps(torch.cat([values[:0], *parts]), plan, tensor, group, Scratch()))
+            assert group.sent_bytes == (world_size - 1) * plan.stride_bytes
+            return tensor
+
+        expected = [quantise(tensor.to(value_dtype(codec, dtype)), codec).to(dtype) for tensor in parameters]
+        for rank, tensor in enumerate(on_ranks(world_size, work)):
+            assert_same_bits(canonical(tensor), canonical(whole(expected)), f"{dtype}, rank {rank}")
 
 
 def test_elements_outside_of_the_plan_keep_their_value():

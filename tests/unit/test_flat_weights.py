@@ -95,10 +95,10 @@ def test_mean_of_rows(dtype, instruction_set):
             for numel in (0, 1, 127, 128, 1001):
                 rows = torch.stack([normal(numel + 1, dtype, seed=k) for k in range(count)])[:, 1:].contiguous()
                 out = torch.empty(numel + 1, dtype=dtype)[1:]
-                weight_means._mean_of_rows(rows.view(-1), count, out)
+                weight_means.mean_of_rows(rows.view(-1), count, out)
                 assert_same_bits(out, mean(list(rows)), f"{count} rows of {numel}")
                 if dtype != torch.float64:
-                    weight_means._mean_of_rows(rows[:1].expand(count, -1).contiguous(), count, out)
+                    weight_means.mean_of_rows(rows[:1].expand(count, -1).contiguous(), count, out)
                     assert_same_bits(out, rows[0], f"{count} equal rows of {numel}")
     finally:
         _native.use_instruction_set(before)
@@ -106,7 +106,7 @@ def test_mean_of_rows(dtype, instruction_set):
 
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ring_difference(dtype, instruction_set):
+def test_difference_to_neighbours(dtype, instruction_set):
     """Catches another formula, contraction into fused operations, and noise where all agree."""
     before = _native.instruction_set()
     _native.use_instruction_set(instruction_set)
@@ -115,11 +115,11 @@ def test_ring_difference(dtype, instruction_set):
             w, left, right, x = (normal(numel, dtype, seed=k) for k in range(4))
             expected = (x - w) + ((left - w) + (right - w)) / 3
             d = x.clone()
-            ring._ring_difference(d, w, left, right)
+            ring.difference_to_neighbours(d, w, left, right)
             assert_same_bits(d, expected)
             torch.testing.assert_close(d, x + left / 3 + right / 3 - 5 * w / 3, rtol=1e-4, atol=1e-1)
             same = w.clone()
-            ring._ring_difference(same, w, w, w)
+            ring.difference_to_neighbours(same, w, w, w)
             assert not same.any()
     finally:
         _native.use_instruction_set(before)

@@ -2,7 +2,6 @@
 
 import sys
 
-import lightning_accel
 from helpers import programs
 
 QUIET = """
@@ -62,11 +61,3 @@ assert not hasattr(lightning_accel, "no_such_name")
 def test_the_command_line_does_not_wait_for_torch():
     """Catches two seconds before each message of the command, and before each host's part of `ssh-run`."""
     run(COMMAND_LINE)
-
-
-def test_public_names_exist():
-    """Catches a name that is promised and missing. AccelStrategy imports Lightning: tests/lightning has it."""
-    others = {"QAdamOptimizer": "QAdam"}  # Bagua's name of it
-    for name in set(lightning_accel.__all__) - {"AccelStrategy"}:
-        assert getattr(lightning_accel, name).__name__ == others.get(name, name)
-    assert not hasattr(lightning_accel, "no_such_name")

@@ -1,6 +1,7 @@
 """The QAdam optimizer by itself: warm-up is Adam, freezing, what it refuses."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -11,7 +12,9 @@ import torch
 
 from helpers.tensors import assert_same_bits
 from lightning_accel import QAdam, QAdamOptimizer
+from lightning_accel.bagua.qadam import BaguaQAdam
 from lightning_accel.optim import Phase
+from lightning_accel.optim.warmup import WarmupAgreement
 
 
 def parameters(dtype=torch.float32) -> list[torch.nn.Parameter]:
@@ -105,16 +108,61 @@ def test_the_state_is_adams():
     assert (from_adam.steps, from_adam.warmup_steps) == (3, 50)
 
 
-def test_copies_keep_their_phase():
+@pytest.mark.parametrize("bagua_compat", [False, True])
+def test_copies_keep_their_phase(bagua_compat):
+    """Catches a copy that forgets its class, and with it whose arithmetic it has. Lightning makes shallow copies."""
     tensors = parameters()
-    optimizer = QAdam(tensors, warmup_steps=2)
+    optimizer = QAdam(tensors, warmup_steps=2, bagua_compat=bagua_compat)
     for step in range(2):
         give_gradients(tensors, step)
         optimizer.step()
     optimizer.freeze()
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+    for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(other) is (BaguaQAdam if bagua_compat else QAdam)
         assert (other.phase, other.steps, other.warmup_steps) == (Phase.COMPRESSED, 2, 2)
+        assert other.bagua_compat is other.param_groups[0]["bagua_compat"] is other.defaults["bagua_compat"] is bagua_compat
+        other.zero_grad()
+        other.step()
+        assert other.steps == 3
     assert QAdamOptimizer is QAdam
+
+
+def test_bagua_compat_makes_the_subclass():
+    """Catches a keyword that is taken and changes nothing, and a signature that hides the arguments."""
+    optimizer = QAdam(parameters(), warmup_steps=7, bagua_compat=True)
+    assert type(optimizer) is BaguaQAdam
+    assert isinstance(optimizer, QAdam)
+    assert (optimizer.bagua_compat, optimizer.warmup_steps, optimizer.default_error_feedback) == (True, 7, False)
+    assert optimizer.param_groups[0]["bagua_compat"] is True
+    assert type(QAdam(parameters())) is QAdam
+    assert type(BaguaQAdam(parameters())) is BaguaQAdam
+    assert list(inspect.signature(QAdam).parameters)[:3] == ["params", "lr", "warmup_steps"]
+
+    class OfUser(QAdam):
+        def __init__(self, tensors, **options):
+            super().__init__(tensors, lr=0.5, **options)
+
+    assert list(inspect.signature(OfUser).parameters) == ["tensors", "options"]
+    assert OfUser(parameters()).param_groups[0]["lr"] == 0.5
+    with pytest.raises(ValueError, match=r"needs a subclass of lightning_accel\.bagua\.qadam\.BaguaQAdam: got OfUser"):
+        OfUser(parameters(), bagua_compat=True)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_state_of_the_other_arithmetic_is_refused(saved):
+    """Catches a resumed run that silently goes on with another arithmetic, and a refusal that leaves a mixture behind."""
+    tensors, others = parameters(), parameters()
+    optimizer, other = QAdam(tensors, lr=0.5, bagua_compat=saved), QAdam(others, lr=0.1, bagua_compat=not saved)
+    give_gradients(tensors, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match=rf"make the optimizer with QAdam\(\.\.\., bagua_compat={saved}\)"):
+        other.load_state_dict(optimizer.state_dict())
+    assert (other.steps, other.loads, other.param_groups[0]["lr"], len(other.state)) == (0, 0, 0.1, 0)
+    with pytest.raises(ValueError, match=f"this optimizer has bagua_compat={not saved}"):
+        QAdam([{"params": parameters(), "bagua_compat": saved}], bagua_compat=not saved)
+    again = QAdam(parameters(), bagua_compat=saved)
+    again.load_state_dict(optimizer.state_dict())
+    assert (again.steps, again.bagua_compat) == (1, saved)
 
 
 def test_the_first_step_after_warmup_by_hand():
@@ -365,6 +413,60 @@ def test_groups_are_checked_whenever_they_come():
     before = y.detach().clone()
     optimizer.step()
     assert ((y - before).abs() > 1e-4).all(), "a group that joined late must go on"
+
+
+class Ranks:
+    """What the other ranks answer: the least of `others` and this rank's value."""
+
+    def __init__(self, *others):
+        self.others = others
+        self.asked = []
+
+    def agree(self, value):
+        self.asked.append(value)
+        return min(value, *self.others)
+
+
+def test_warmup_ends_when_all_ranks_have_made_the_steps():
+    """Catches an end that one rank decides by itself, and ranks that ask each other in every round."""
+    ranks = Ranks(3)
+    warmup = WarmupAgreement(ranks.agree)
+    ended = []
+    for step in range(8):
+        ranks.others = (step if step < 3 else step - 1,)  # its scaler skips the third step
+        ended.append(warmup.ends(step, interval=5))
+    assert ended == [False] * 6 + [True] * 2
+    assert ranks.asked[:3] == [0, 5, 6]
+
+
+def test_a_loaded_state_is_counted_anew():
+    ranks = Ranks(10)
+    warmup = WarmupAgreement(ranks.agree)
+    assert [warmup.ends(step, interval=4) for step in range(3)] == [False] * 3
+    warmup.recount()
+    assert [warmup.ends(step, interval=4) for step in range(5)] == [False] * 4 + [True]
+    assert ranks.asked == [0, 0, 4]
+
+
+def test_warmup_ends_by_itself_when_the_variance_has_settled_on_all_ranks():
+    """Catches a rank that looks at its own variance alone, and a comparison with the step before instead of the interval's."""
+    norms = {10: 1.0, 20: 1.5, 30: 1.55, 40: 1.5}
+    others_have_settled = False
+    warmup = WarmupAgreement(lambda value: min(value, int(others_have_settled)) if value == 1 else value)
+
+    def ends(step):
+        return warmup.ends(step, interval=10, norm=lambda: norms[step])
+
+    assert not any(ends(step) for step in range(40))
+    saved = warmup.state_dict()
+    assert saved == {"due_step": 40, "last_norm": 1.55}, "this rank's variance has settled at step 30, another's has not"
+    others_have_settled = True
+    assert ends(40)
+    resumed = WarmupAgreement(lambda value: value)
+    resumed.load_state_dict(saved)
+    assert resumed.ends(40, interval=10, norm=lambda: 1.55 * 0.96)
+    resumed.load_state_dict(saved)
+    assert not resumed.ends(40, interval=10, norm=lambda: 1.55 * 0.959)
 
 
 def test_weight_decay_stays_decoupled_when_a_state_does_not_say():

@@ -4,7 +4,6 @@ native/tests/test_peers_emulated.cpp has what the kernel computes, tests/cuda/te
 """
 
 import logging
-import os
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import lightning_accel as accel
 from helpers.ranks import run_ranks
 from lightning_accel import _native
-from lightning_accel.algorithms.common import bucket_reducer as bucket_plans
+from lightning_accel.background import pipeline
 from lightning_accel.background.communicator import Communicator
 from lightning_accel.collectives.message_plan import TwoShotPlan
 from lightning_accel.collectives.shared_memory import PeerMemory
@@ -99,7 +98,7 @@ def test_a_tensor_of_another_kind_is_refused():
     """Catches an address that goes to the kernel with a type, a place or strides that are not the plan's."""
     mapping = SimpleNamespace(buffer_ptrs=[16])
     peers = PeerMemory(Group(None), torch.zeros(ROOM, dtype=torch.uint8), mapping, timedelta(seconds=1))
-    plan = TwoShotPlan(PLAN, PLAN, PLAN.wire_bytes, is_whole=True)
+    plan = TwoShotPlan(PLAN, PLAN, PLAN.wire_bytes, is_whole=True, own_numels=())
     for wrong in (torch.zeros(1000, dtype=torch.float64), torch.zeros(2, 500), torch.zeros(2000)[::2]):
         with pytest.raises(ValueError, match=r"tensor must be one-dimensional, contiguous, torch\.float32"):
             peers.all_reduce(wrong, plan, divisor=1)
@@ -130,7 +129,7 @@ class ByMessages:
         self.closes += 1
 
 
-def train_with(rank, n, algorithm, limit):
+def train_with(rank, n, limit):
     """Steps by messages, and by what stands in for shared memory; whether weights agree, and what happened to the latter."""
     made = []
 
@@ -141,21 +140,15 @@ def train_with(rank, n, algorithm, limit):
         made.append(ByMessages(group, limit))
         return made[0]
 
-    bucket_plans.open_peer_memory = stand_in
+    pipeline.open_peer_memory = stand_in
     weights, failure = [], ""
-    for variable in (None, "1"):
-        if variable:
-            os.environ["LIGHTNING_ACCEL_PEER_MEMORY"] = variable
+    for shared_memory in (False, True):
         try:
             torch.manual_seed(0)
             model = torch.nn.Sequential(torch.nn.Linear(600, 3 * n), torch.nn.Linear(3 * n, 2))
-            optimizer = (
-                accel.QAdam(model.parameters(), warmup_steps=2)
-                if algorithm == "qadam"
-                else torch.optim.SGD(model.parameters(), 0.1)
-            )
-            options = {"codec": "int8", "error_feedback": True, "bucket_cap_mb": 0.001}
-            with accel.wrap(model, optimizer, algorithm, **options) as ddp:
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            options = {"codec": "int8", "error_feedback": True, "bucket_cap_mb": 0.001, "shared_memory": shared_memory}
+            with accel.wrap(model, optimizer, "bytegrad", **options) as ddp:
                 for step in range(6):
                     optimizer.zero_grad()
                     ddp(torch.randn(4, 600, generator=torch.Generator().manual_seed(100 * rank + step))).sum().backward()
@@ -163,18 +156,15 @@ def train_with(rank, n, algorithm, limit):
                 ddp.replica.consensus()
         except accel.CommunicationError as error:
             failure = str(error)
-        finally:
-            os.environ.pop("LIGHTNING_ACCEL_PEER_MEMORY", None)
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
         dist.barrier()
     same = all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
     return same, failure, made[0].calls, made[0].aborts, made[0].closes
 
 
-@pytest.mark.parametrize("algorithm", ["bytegrad", "qadam"])
-def test_buckets_take_it(algorithm):
+def test_buckets_take_it():
     """Catches an algorithm that passes shared memory by, or does not know how many steps it takes."""
-    for same, failure, calls, aborts, closes in run_ranks(train_with, 2, algorithm, 1000):
+    for same, failure, calls, aborts, closes in run_ranks(train_with, 2, 1000):
         assert same
         assert failure == ""
         assert calls >= 4
@@ -184,7 +174,7 @@ def test_buckets_take_it(algorithm):
 def test_its_failure_ends_training():
     """Catches a failure on a GPU that nobody looks for, in the last step too, and kernels that go on waiting."""
     for limit in (0, 3):
-        for same, failure, calls, aborts, closes in run_ranks(train_with, 2, "bytegrad", limit):
+        for same, failure, calls, aborts, closes in run_ranks(train_with, 2, limit):
             assert not same
             assert "TimeoutError: rank 1 of 2 did not come" in failure
             assert calls == limit + 1
@@ -232,20 +222,15 @@ def train(rank, n):
     heard = Messages()
     logging.getLogger("lightning_accel").addHandler(heard)
     weights = []
-    for variable in (None, "1"):
-        if variable:
-            os.environ["LIGHTNING_ACCEL_PEER_MEMORY"] = variable
-        try:
-            torch.manual_seed(0)
-            model = torch.nn.Linear(600, 3)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            with accel.wrap(model, optimizer, "bytegrad") as ddp:
-                for step in range(3):
-                    optimizer.zero_grad()
-                    ddp(torch.randn(4, 600, generator=torch.Generator().manual_seed(100 * rank + step))).sum().backward()
-                    optimizer.step()
-        finally:
-            os.environ.pop("LIGHTNING_ACCEL_PEER_MEMORY", None)
+    for shared_memory in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(600, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with accel.wrap(model, optimizer, "bytegrad", shared_memory=shared_memory) as ddp:
+            for step in range(3):
+                optimizer.zero_grad()
+                ddp(torch.randn(4, 600, generator=torch.Generator().manual_seed(100 * rank + step))).sum().backward()
+                optimizer.step()
         weights.append(model.weight.detach().clone())
         dist.barrier()
     return [torch.equal(*weights), heard.messages]

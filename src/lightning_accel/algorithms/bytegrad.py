@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
-from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
 from lightning_accel.algorithms.common.option_checks import check_average, check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
 from lightning_accel.compression.codecs import check_codec, uses_feedback
@@ -42,11 +42,13 @@ class ByteGrad(Algorithm):
     compression, error feedback or not: it is meant for `qadam`'s momentum.
 
     Args:
-        codec: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
-        error_feedback: whether what codes lose is kept and sent later; None: for int4 and sign.
-        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
-            Then nothing is quantised inside a node.
-        average: the mean; False leaves the sum.
+        codec: Codec of gradients: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        error_feedback: Whether what codes lose is kept and sent later; None: for int4 and sign.
+        hierarchical: Whether ranks of a node sum first, unquantised: True, False, or "auto": when there are several nodes with
+            equally many ranks, more than one, on each.
+        average: Whether ranks get the mean; False leaves the sum.
+        shared_memory: Whether GPUs of one node that can read each other's memory use one kernel over it in the place of messages;
+            the bits are the same. Experimental: no GPU has run it yet.
 
     Example:
         >>> ByteGrad().codec
@@ -57,6 +59,7 @@ class ByteGrad(Algorithm):
     error_feedback: bool | None = None
     hierarchical: Hierarchical = "auto"
     average: bool = True
+    shared_memory: bool = False
 
     def __post_init__(self) -> None:
         check_codec(self.codec)
@@ -79,19 +82,25 @@ class _ByteGrad(BoundAlgorithm):
         super().__init__(context)
         hierarchical = context.communicator.topology.use_hierarchy(options.hierarchical)
         error_feedback = uses_feedback(options.codec, options.error_feedback)
-        self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical, error_feedback=error_feedback)
+        self.reducer = BucketReducer(
+            context,
+            options.codec,
+            hierarchical=hierarchical,
+            error_feedback=error_feedback,
+            shared_memory=options.shared_memory,
+        )
         self._divisor = context.communicator.world_size if options.average else 1
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         if self.communicator.world_size == 1:
             return super().reduce_gradients(bucket, label)
-        return self._plans.all_reduce(bucket, label, self._divisor)
+        return self.reducer.all_reduce(bucket, label, self._divisor)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._plans.commit(optimizer)
+        self.reducer.commit(optimizer)
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return self._plans.rank_state_dict()
+        return self.reducer.pipeline.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        self._plans.load_rank_state_dict(state)
+        self.reducer.pipeline.load_state_dict(state)

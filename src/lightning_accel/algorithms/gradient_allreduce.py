@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
-from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
 from lightning_accel.algorithms.common.option_checks import check_average, check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
 from lightning_accel.transport.topology import Hierarchical
@@ -65,8 +65,8 @@ class _Flat(BoundAlgorithm):
 class _Hierarchical(BoundAlgorithm):
     def __init__(self, context: Context, options: GradientAllReduce) -> None:
         super().__init__(context)
-        self._plans = BucketPlans(context, "none", hierarchical=True)
+        self._reducer = BucketReducer(context, "none", hierarchical=True)
         self._divisor = context.communicator.world_size if options.average else 1
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
-        return self._plans.all_reduce(bucket, label, self._divisor)
+        return self._reducer.all_reduce(bucket, label, self._divisor)

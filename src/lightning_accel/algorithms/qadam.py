@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,41 +10,43 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_accel import _native
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
-from lightning_accel.algorithms.common.bucket_reducer import BucketPlans
+from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
 from lightning_accel.algorithms.common.option_checks import check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
+from lightning_accel.background.comm_queue import Step
 from lightning_accel.compression.codecs import check_codec, uses_feedback
-from lightning_accel.native import DTYPES, run_kernel
-from lightning_accel.optim.qadam import STABLE_RATIO, Phase, QAdam
+from lightning_accel.native import DTYPES, kernels, run_kernel
+from lightning_accel.optim.frozen_variance import find_floors, settling_interval, variance_norm
+from lightning_accel.optim.qadam import Phase, QAdam
+from lightning_accel.optim.warmup import WarmupAgreement
 from lightning_accel.transport.topology import Hierarchical
 
 
 @register_algorithm("qadam")
 @dataclass(frozen=True)
 class QAdamAlgorithm(Algorithm):
-    """Adam for slow networks: exact in warm-up, then only its momentum travels, compressed. Needs the `QAdam` optimizer.
+    """Adam for slow networks: exact in warm-up; afterwards only its momentum travels, compressed. Needs the `QAdam` optimizer.
 
     Warm-up: g <- 1/n sum_r g_r, uncompressed. After it, with v frozen:
 
     m_r <- beta1 m + (1 - beta1) g_r,  m <- Q(1/n sum_r Q(m_r))
 
-    bucket by bucket during backward, as `bytegrad` does with gradients, each Q with error feedback. The optimizer's class has
-    the step's equations, what differs from Bagua's, and the sources.
+    bucket by bucket during backward, as `bytegrad` does with gradients, each Q with error feedback. The class `QAdam` has the
+    equations of the step and the sources.
 
-    Cost a step for each rank after warm-up: 2 (n-1)/n times 1 byte an element for int8, 0.53 for int4, 0.14 for sign, against
-    4; memory for error feedback 8 (1 + 1/n) bytes an element (16 for two ranks). Elements of embedding rows that no gradient has
-    ever reached stay exactly zero in every codec (`sign`: in groups of 32).
+    Cost of a step after warm-up, for each rank: 2 (n-1)/n times 1 byte per element for int8, 0.53 for int4, 0.14 for sign,
+    against 4; error feedback takes 8 (1 + 1/n) bytes of memory per element (16 for two ranks). Elements of embedding rows that
+    no gradient has ever reached stay exactly zero in every codec (`sign`: in groups of 32).
 
     Fails when: the variance has not settled when it is frozen (too short a warm-up, a learning rate that still rises); under
     fp16 loss scaling or gradient clipping after warm-up, because `.grad` then holds momentum.
 
     Args:
-        codec: "int8", "int4", "sign", "minmax_uint8", "fp16", "bf16" or "none".
-        error_feedback: whether what codes lose is kept and sent later; None: yes, but for "none" and under bagua_compat.
-        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
-            Then nothing is quantised inside a node.
+        codec: Codec of the momenta: "int8", "int4", "sign", "minmax_uint8", "fp16", "bf16" or "none".
+        error_feedback: Whether what codes lose is kept and sent later; None asks the optimizer, except with codec "none".
+        hierarchical: Whether ranks of a node sum first, unquantised; "auto" means where there are several nodes with equally
+            many ranks, more than one, on each.
 
     Example:
         >>> QAdamAlgorithm(codec="sign").error_feedback is None
@@ -63,7 +65,7 @@ class QAdamAlgorithm(Algorithm):
         check_hierarchical(self.hierarchical)
 
     def bind(self, context: Context) -> BoundAlgorithm:
-        """Makes the flat or the hierarchical form, as the nodes allow. Collective."""
+        """Binds the algorithm to a replica, by nodes where the option and the nodes allow it. Collective."""
         return _QAdam(context, self)
 
 
@@ -73,16 +75,11 @@ class _QAdam(BoundAlgorithm):
         self._options = options
         self._queue = self.communicator.open_queue("all")
         hierarchical = self.communicator.topology.use_hierarchy(options.hierarchical)
-        self._plans = BucketPlans(context, options.codec, hierarchical=hierarchical)
+        self._reducer = BucketReducer(context, options.codec, hierarchical=hierarchical)
         self._optimizers: list[QAdam] = []
-        self._owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
-        # Steps that all ranks have made at least, agreed upon when they may be enough; counted in rounds in between.
-        self._agreed_steps: int | None = None
-        self._due_step = 0
-        self._last_norm = 0.0
-        self._indexed = -1, 0
-        self._left_momentum: torch.Tensor | None = None
-        self._zeroings_before = 0
+        self._warmup = WarmupAgreement(self._agree)
+        self._folding = _Folding(self._optimizers)
+        self._guard = _MomentumGuard(self._optimizers)
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         others = [type(optimizer).__name__ for optimizer in optimizers if not isinstance(optimizer, QAdam)]
@@ -99,26 +96,31 @@ class _QAdam(BoundAlgorithm):
             assert isinstance(optimizer, QAdam)
             optimizer.attach()
             self._optimizers.append(optimizer)
-        kinds = {(optimizer.warmup_steps, optimizer.bagua_compat) for optimizer in self._optimizers}
-        if len(kinds) > 1:
+        if len({(optimizer.warmup_steps, optimizer.default_error_feedback) for optimizer in self._optimizers}) > 1:
+            got = [f"{type(optimizer).__name__}(warmup_steps={optimizer.warmup_steps!r})" for optimizer in self._optimizers]
             raise ValueError(
-                "all QAdam optimizers of a model need the same warmup_steps and bagua_compat: their momenta travel together. "
-                f"Got {' and '.join(str(kind) for kind in sorted(kinds, key=str))}"
+                "all QAdam optimizers of a model need the same warmup_steps and default_error_feedback: their momenta travel "
+                f"together. Got {' and '.join(got)}"
             )
-        feedback = self._options.error_feedback
-        if feedback or (feedback is None and self._options.codec != "none" and not self._optimizers[0].bagua_compat):
-            self._plans.keep_residuals()
+        keeps_residuals = self._options.error_feedback
+        if keeps_residuals is None:
+            keeps_residuals = self._optimizers[0].default_error_feedback and self._options.codec != "none"
+        if keeps_residuals:
+            self._reducer.pipeline.keep_residuals()
 
     def before_forward(self) -> None:
         if not self._optimizers:
             raise RuntimeError(
                 "algorithm 'qadam' knows no optimizer: give lightning_accel.QAdam to wrap, or return it from configure_optimizers"
             )
-        self._index_groups()
-        if self._phase is Phase.WARMUP:
-            self._end_warmup_if_due()
-        elif self._left_momentum is not None:
-            self._left_momentum = self._any_gradient()
+        if self._folding.refresh():
+            self._warmup.recount()
+        if self._phase is Phase.COMPRESSED:
+            self._guard.before_forward(self._folding.owners)
+        elif self._warmup_ends():
+            floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in find_floors(optimizer).items()}
+            for optimizer in self._optimizers:
+                optimizer.freeze(floors)
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         world_size = self.communicator.world_size
@@ -126,76 +128,48 @@ class _QAdam(BoundAlgorithm):
             if world_size == 1:
                 return super().reduce_gradients(bucket, label)
             return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._queue)
-        momentum, parameters = bucket.buffer(), bucket.parameters()
         if bucket.index() == 0:
-            self._note_backward()
+            self._guard.before_backward()
+        parameters = bucket.parameters()
         for optimizer in self._optimizers:
             optimizer.note_folded(parameters)
+        fold = partial(self._folding.fold, bucket.buffer(), parameters)
         if world_size == 1:
-            self._fold(momentum, parameters)
+            fold()
             return super().reduce_gradients(bucket, label)
-        return self._plans.all_reduce(bucket, label, world_size, before=partial(self._fold, momentum, parameters))
+        return self._reducer.all_reduce(bucket, label, world_size, before=fold)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._plans.commit(optimizer)
+        self._reducer.commit(optimizer)
 
     def teardown(self) -> None:
         for optimizer in self._optimizers:
             optimizer.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"due_step": self._due_step, "last_norm": self._last_norm}
+        return self._warmup.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._due_step, self._last_norm = int(state["due_step"]), float(state["last_norm"])
-        self._agreed_steps = None
+        self._warmup.load_state_dict(state)
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return self._plans.rank_state_dict()
+        return self._reducer.pipeline.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        self._plans.load_rank_state_dict(state)
+        self._reducer.pipeline.load_state_dict(state)
 
     @property
     def _phase(self) -> Phase:
         return self._optimizers[0].phase
 
-    def _end_warmup_if_due(self) -> None:
-        """On all ranks in the same round, though a gradient scaler may have skipped steps on one of them."""
-        warmup_steps = self._optimizers[0].warmup_steps
-        interval = self._interval if warmup_steps == "auto" else warmup_steps
-        self._due_step = self._due_step or interval
-        if self._agreed_steps is None or self._agreed_steps >= self._due_step:
-            self._agreed_steps = self._agree(min(optimizer.steps for optimizer in self._optimizers))
-        if self._agreed_steps >= self._due_step:
-            if warmup_steps != "auto":
-                self._freeze()
-            else:
-                self._due_step = self._agreed_steps + interval
-                # Each rank asks its own variance, whose last bits may differ, and more where a scaler skipped a step.
-                if self._agree(int(self._has_settled())):
-                    self._freeze()
-        self._agreed_steps += 1  # at most, when the next round comes
-
-    def _freeze(self) -> None:
-        floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in optimizer.floors().items()}
-        for optimizer in self._optimizers:
-            optimizer.freeze(floors)
-
-    @property
-    def _interval(self) -> int:
-        """1/(1 - beta2): how many steps the variance remembers."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        return round(1 / (1 - max(float(group["betas"][1]) for group in groups)))
-
-    def _has_settled(self) -> bool:
-        """Whether the variance's norm has changed little since the last time."""
-        norm, last = sum(optimizer.variance_norm() for optimizer in self._optimizers), self._last_norm
-        self._last_norm = norm
-        return min(norm, last) >= STABLE_RATIO * max(norm, last) and last > 0
+    def _warmup_ends(self) -> bool:
+        steps, warmup_steps = min(optimizer.steps for optimizer in self._optimizers), self._optimizers[0].warmup_steps
+        if warmup_steps != "auto":
+            return self._warmup.ends(steps, warmup_steps)
+        return self._warmup.ends(steps, settling_interval(self._optimizers), lambda: sum(map(variance_norm, self._optimizers)))
 
     def _agree(self, value: int) -> int:
-        """The least of all ranks' values. Collective, and waits."""
+        """Returns the least of all ranks' values. Collective, and waits."""
         if self.communicator.world_size == 1:
             return value
         least = torch.tensor([value], device=self.context.parameters.tensors[0].device)
@@ -203,61 +177,90 @@ class _QAdam(BoundAlgorithm):
         def reduce() -> None:
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._queue.group.process_group)
 
-        future = self.communicator.submit("the end of warm-up", least, (self._queue, reduce), is_gradient=False)
+        future = self.communicator.submit("the end of warm-up", least, Step("agree", self._queue, reduce), is_gradient=False)
         self.communicator.wait()
         return int(future.wait().item())
 
-    def _fold(self, momentum: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-        """Makes a bucket's gradients this rank's momenta, in place."""
-        tensors: dict[tuple[float, float], list[tuple[int, int, int, int]]] = {}
-        address = momentum.data_ptr()
-        for parameter in parameters:
-            if parameter in self._owners:  # else it has no optimizer, and no momentum
-                optimizer, group = self._owners[parameter]
-                keeps_decay = not (group["decoupled_weight_decay"] or optimizer.bagua_compat)
-                scalars = group["betas"][0], group["weight_decay"] if keeps_decay else 0.0
-                of_parameter = optimizer.momentum_of(parameter).data_ptr(), parameter.data_ptr(), parameter.numel()
-                tensors.setdefault(scalars, []).append((address, *of_parameter))
-            address += parameter.numel() * momentum.element_size()
-        dtype = DTYPES.index(momentum.dtype)
-        for (beta1, weight_decay), of_group in tensors.items():
-            # On one thread: backward has the others.
-            run_kernel(_native.qadam_fold, momentum.device, dtype, of_group, beta1, weight_decay, 1)
 
-    @property
-    def _zeroings(self) -> int:
-        return sum(optimizer.zeroings for optimizer in self._optimizers)
+class _Folding:
+    """Folds gradients into momenta, with the options of each parameter's group.
 
-    def _index_groups(self) -> None:
-        """Anew when a checkpoint was loaded, which replaces the groups, or a group has joined."""
-        loads = sum(optimizer.loads for optimizer in self._optimizers)
-        groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
-        if (loads, len(groups)) != self._indexed:
-            self._owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
-            if loads != self._indexed[0]:  # on all ranks alike, as whatever loads a state
-                self._agreed_steps = None
-            self._indexed = loads, len(groups)
-            if self._phase is Phase.COMPRESSED:
-                # A momentum that was loaded in another memory format is laid anew here. On a queue's stream the old one would
-                # still be read when the training stream gets its memory.
-                for parameter, (optimizer, _) in self._owners.items():
-                    optimizer.momentum_of(parameter)
+    Args:
+        optimizers: Optimizers of the model; the list may grow.
 
-    def _any_gradient(self) -> torch.Tensor | None:
-        """Whether `.grad` holds anything but zeros, on its device; None without one. The smallest parameter tells for all."""
-        gradients = [parameter.grad for parameter in self._owners if parameter.grad is not None]
-        return min(gradients, key=torch.Tensor.numel).any() if gradients else None
+    Attributes:
+        owners: Optimizer and group of each parameter that has one.
+    """
 
-    def _note_backward(self) -> None:
-        """A backward that adds to what the last one left would take momentum for a gradient.
+    def __init__(self, optimizers: Sequence[QAdam]) -> None:
+        self._optimizers = optimizers
+        self.owners: dict[torch.Tensor, tuple[QAdam, dict[str, Any]]] = {}
+        self._num_loads, self._num_groups = -1, 0
 
-        Whether somebody has zeroed it otherwise than by the optimizer is asked before the forward and read here, where the
-        optimizer has not: reading it waits for the GPU.
+    def refresh(self) -> bool:
+        """Looks the groups up again after a load, which replaces them, or when a group has joined.
+
+        Returns:
+            Whether a state was loaded; the same on all ranks, because all of them load.
         """
-        if self._left_momentum is not None and self._zeroings == self._zeroings_before and bool(self._left_momentum):
+        num_loads = sum(optimizer.loads for optimizer in self._optimizers)
+        groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
+        is_loaded = num_loads != self._num_loads
+        if is_loaded or len(groups) != self._num_groups:
+            self.owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+            self._num_loads, self._num_groups = num_loads, len(groups)
+            if self._optimizers[0].phase is Phase.COMPRESSED:
+                # Lays a momentum anew that was loaded in another memory format. If a queue's stream did it, it would still read
+                # the old memory when the training stream gets it.
+                for parameter, (optimizer, _) in self.owners.items():
+                    optimizer.momentum_of(parameter)
+        return is_loaded
+
+    def fold(self, gradients: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+        """Turns the gradients of a bucket into this rank's momenta, in place."""
+        by_scalars: dict[tuple[float, float], list[tuple[int, int, int, int]]] = {}
+        address = gradients.data_ptr()
+        for parameter in parameters:
+            if parameter in self.owners:  # else it has no optimizer, and no momentum
+                optimizer, group = self.owners[parameter]
+                folded_decay, _ = optimizer.split_weight_decay(group)
+                tensors = by_scalars.setdefault((group["betas"][0], folded_decay), [])
+                momentum = optimizer.momentum_of(parameter)
+                tensors.append((address, momentum.data_ptr(), parameter.data_ptr(), parameter.numel()))
+            address += parameter.numel() * gradients.element_size()
+        for (beta1, folded_decay), tensors in by_scalars.items():
+            # On one thread: backward has the others.
+            run_kernel(kernels.qadam_fold, gradients.device, DTYPES.index(gradients.dtype), tensors, beta1, folded_decay, 1)
+
+
+class _MomentumGuard:
+    """Refuses a backward that adds gradients to the momentum that the last one has left in `.grad`.
+
+    Reading a value waits for the GPU. So the device is asked before the forward whether `.grad` was zeroed, and the answer is
+    read in backward only where no optimizer has zeroed it.
+
+    Args:
+        optimizers: Optimizers of the model; the list may grow.
+    """
+
+    def __init__(self, optimizers: Sequence[QAdam]) -> None:
+        self._optimizers = optimizers
+        self._left_momentum: torch.Tensor | None = None
+        self._last_zeroings = 0
+
+    def before_forward(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Asks whether `.grad` holds anything but zeros; the smallest one stands for all."""
+        if self._left_momentum is not None:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            self._left_momentum = min(gradients, key=torch.Tensor.numel).any() if gradients else None
+
+    def before_backward(self) -> None:
+        """Raises RuntimeError if `.grad` still holds the last backward's momentum; notes that this one leaves its own."""
+        zeroings = sum(optimizer.zeroings for optimizer in self._optimizers)
+        if self._left_momentum is not None and zeroings == self._last_zeroings and bool(self._left_momentum):
             raise RuntimeError(
                 "after QAdam's warm-up .grad holds momentum, and a second backward has added gradients to it: call "
                 "optimizer.zero_grad() before each backward that synchronises (module.zero_grad() is seen before the forward "
                 "only), and accumulate under no_sync()"
             )
-        self._left_momentum, self._zeroings_before = torch.tensor(True), self._zeroings
+        self._left_momentum, self._last_zeroings = torch.tensor(True), zeroings

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_accel.checkpoint.agreement import all_gather, place_of, together
+from lightning_accel.checkpoint.agreement import all_gather, raise_together, rank_and_world_size
 from lightning_accel.checkpoint.random_generators import get_generators
 from lightning_accel.checkpoint.state import KEY, VERSION, Restored, State, fits
 
@@ -54,7 +54,7 @@ def save_checkpoint(
         RuntimeError: on all ranks, if it failed on any.
         ValueError: on all ranks, if there are files to write and `path` is not a local one.
     """
-    rank, world_size = place_of(group)
+    rank, world_size = rank_and_world_size(group)
     name = f"step-{max(state.rounds, default=0)}-{secrets.token_hex(4)}"
     said = all_gather((name, state.rounds, state.needs_file, get_generators()), group)
     folder = said[0][0] if any(needs_file for _, _, needs_file, _ in said) else None
@@ -70,13 +70,13 @@ def save_checkpoint(
         }
         file = f"{folder}/{_file_name(rank, world_size)}"
         try:
-            together(lambda: write_whole(_folders(path) / file, own), f"write its file of {os.fspath(path)}", group)
+            raise_together(lambda: write_whole(_folders(path) / file, own), f"write its file of {os.fspath(path)}", group)
         except Exception:
             if rank == 0:
                 remove_files(path, folder)
             raise
     part = state.part(world_size, [generators for *_, generators in said], folder)
-    together(lambda: write(part), f"write {os.fspath(path)}", group)
+    raise_together(lambda: write(part), f"write {os.fspath(path)}", group)
     if rank == 0:
         remove_files(path, but=folder)
 
@@ -106,7 +106,7 @@ def load_checkpoint(
         ValueError: on all ranks, if a rank's file is torn, or belongs to another save; it names the file.
         RuntimeError: on all ranks, if it failed otherwise on any.
     """
-    rank, world_size = place_of(group)
+    rank, world_size = rank_and_world_size(group)
 
     def read_both() -> tuple[dict[str, Any], Restored | None]:
         checkpoint = read()
@@ -122,7 +122,7 @@ def load_checkpoint(
         own = _read_file(path, part, rank)
         return {**checkpoint, **own["entries"]}, Restored(part, rank, world_size, own["replicas"])
 
-    return together(read_both, f"read {os.fspath(path)}", group)
+    return raise_together(read_both, f"read {os.fspath(path)}", group)
 
 
 def remove_files(path: str | os.PathLike[str], folder: str = "step-*", *, but: str | None = None) -> None:

@@ -1,7 +1,8 @@
 """A two-shot all_reduce as one kernel, over memory that the ranks of a node map into each other's address space.
 
-`compressed_all_reduce` without messages: ranks write codes where the others read them, over NVLink or PCIe, and tell one another
-by flags in that memory how far they are (native/include/lightning_accel/peer_all_reduce.h has the steps). The bits are the same.
+It is `compressed_all_reduce` without messages: ranks write codes where the others read them, over NVLink or PCIe, and tell one
+another by flags in that memory how far they are (native/include/lightning_accel/peer_all_reduce.h has the steps). The bits are
+the same.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lightning_accel import _native
 from lightning_accel.collectives.message_plan import TwoShotPlan
 from lightning_accel.compression.error_feedback import Feedback, residual_addresses
 from lightning_accel.compression.operations import check_operands
+from lightning_accel.native import kernels
 from lightning_accel.transport.group import Group
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class PeerMemory:
     One all_reduce at a time uses it: they run in one order, in one stream.
 
     Args:
-        group: ranks on one node, at most `_native.MOST_PEERS`.
-        memory: this rank's, uint8, all flags down.
-        mapping: torch's: it keeps the others' memory here.
-        timeout: how long a rank waits for the others in an all_reduce.
+        group: Ranks on one node, at most `kernels.MOST_PEERS`.
+        memory: This rank's memory, uint8, all flags down.
+        mapping: torch's handle, which keeps the others' memory mapped.
+        timeout: Longest wait for the others in an all_reduce.
     """
 
     def __init__(self, group: Group, memory: torch.Tensor, mapping: _SymmetricMemory, timeout: timedelta) -> None:
@@ -54,13 +55,13 @@ class PeerMemory:
         self._failure = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
 
     def all_reduce(self, tensor: torch.Tensor, plan: TwoShotPlan, *, divisor: float, feedback: Feedback | None = None) -> None:
-        """As `compressed_all_reduce`, enqueued on the current stream of the tensor's device. Collective.
+        """Does what `compressed_all_reduce` does, enqueued on the current stream of the tensor's device. Collective.
 
         If a rank does not come in time, what was not summed becomes NaN, then and ever after, and `check` raises.
 
         Raises:
-            TimeoutError: if an earlier all_reduce has failed by now.
-            ValueError: for a tensor or residuals of another kind than planned.
+            TimeoutError: If an earlier all_reduce has failed by now.
+            ValueError: For a tensor or residuals of another kind than planned.
         """
         self.check()
         device = self._memory.device
@@ -68,7 +69,7 @@ class PeerMemory:
         worker, server = (feedback.worker, feedback.server) if feedback is not None else (None, None)
         residuals = residual_addresses(worker, device), residual_addresses(server, device)
         with torch.cuda.device(device):
-            _native.peer_all_reduce(
+            kernels.peer_all_reduce(
                 plan.everything.native,
                 plan.own.native,
                 plan.stride_bytes,
@@ -114,14 +115,14 @@ def open_peer_memory(
     """Makes memory for the largest of some all_reduces, or says once why there can be none. Collective.
 
     Args:
-        group: the ranks.
-        plans: of the largest tensors, of one codec.
-        device: of the tensors.
-        timeout: how long a rank waits for the others in an all_reduce.
-        is_one_node: whether all ranks are on one.
+        group: The ranks.
+        plans: Plans of the largest tensors, of one codec.
+        device: Device of the tensors.
+        timeout: Longest wait for the others in an all_reduce.
+        is_one_node: Whether all ranks are on one node.
     """
     plans = list(plans)
-    num_bytes = max(_native.peer_memory_bytes(1 if p.is_whole else group.world_size, p.stride_bytes) for p in plans)
+    num_bytes = max(kernels.peer_memory_bytes(1 if p.is_whole else group.world_size, p.stride_bytes) for p in plans)
     process_group = group.process_group
     assert process_group is not None
     devices: list[int | None] = [None] * group.world_size
@@ -146,12 +147,12 @@ def open_peer_memory(
 
 
 def _obstacle(group: Group, codec: str, device: torch.device, devices: list[int | None], *, is_one_node: bool) -> str | None:
-    if device.type != "cuda" or not _native.CUDA_ARCHITECTURES:
+    if device.type != "cuda" or not kernels.CUDA_ARCHITECTURES:
         return "the tensors are not on a GPU, or this build has no CUDA kernels"
     if not is_one_node:
         return "ranks are on several nodes"
-    if group.world_size > _native.MOST_PEERS:
-        return f"there are {group.world_size} ranks, more than {_native.MOST_PEERS}"
+    if group.world_size > kernels.MOST_PEERS:
+        return f"there are {group.world_size} ranks, more than {kernels.MOST_PEERS}"
     if codec not in CODECS:
         return f"the codec is {codec}, not {' or '.join(CODECS)}"
     for rank, other in enumerate(devices):
@@ -163,25 +164,25 @@ def _obstacle(group: Group, codec: str, device: torch.device, devices: list[int 
 
 
 def _allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that can be mapped, with all flags down."""
+    """Returns memory that can be mapped, with all flags down."""
     from torch._C._distributed_c10d import _SymmetricMemory
 
     # An allocation of its own: torch's `empty` for shared memory may take a part of another one.
     memory: torch.Tensor = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
-    memory[: _native.PEER_MESSAGES_OFFSET].zero_()
+    memory[: kernels.PEER_MESSAGES_OFFSET].zero_()
     torch.cuda.synchronize(device)
     return memory
 
 
 def _map(memory: torch.Tensor, process_group: dist.ProcessGroup) -> _SymmetricMemory:
-    """Every rank's memory in this process. Collective."""
+    """Maps every rank's memory into this process. Collective."""
     from torch.distributed._symmetric_memory import rendezvous  # registers operators, so only where it is needed
 
     return rendezvous(memory, process_group.group_name)
 
 
 def _try(function: Callable[..., _T], *arguments: Any) -> tuple[_T | None, str | None]:
-    """What a function gives, or why torch cannot: no memory, one GPU under several numbers, an old driver, no such thing ..."""
+    """Returns what a function gives, or why torch cannot: no memory, one GPU under several numbers, an old driver ..."""
     try:
         return function(*arguments), None
     except (ImportError, RuntimeError) as error:
@@ -189,7 +190,7 @@ def _try(function: Callable[..., _T], *arguments: Any) -> tuple[_T | None, str |
 
 
 def _agree(reason: str | None, process_group: dist.ProcessGroup) -> str | None:
-    """The first rank's reason that has one. Collective; when it returns all ranks have come to it."""
+    """Returns the reason of the first rank that has one. Collective; when it returns all ranks have come to it."""
     reasons: list[str | None] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(reasons, reason, group=process_group)
     return next((one for one in reasons if one is not None), None)

@@ -1,9 +1,12 @@
-"""How parameters are cut in blocks, and which rank owns which block.
+"""How parameters are cut into blocks, and which rank owns which block.
 
-Results must not depend on how DDP fills its buckets, so ownership is a function of the parameters alone: a parameter's blocks
-(of `BLOCK_NUMEL` elements, the last may be shorter) go to the ranks in contiguous spans, and the blocks that are left over go
-on where the parameter before stopped. So every rank owns the same number of blocks of the whole model, give or take one, and
-of any stretch of consecutive parameters, give or take two.
+A *block* is a unit of `BLOCK_NUMEL` elements; the last block of a parameter may be shorter. A *span* is a sequence of consecutive
+blocks of one parameter that one rank owns. A *scale group*, the elements that share a scale, is never larger than a block.
+
+Results must not depend on how DDP fills its buckets, so ownership is a function of the parameters alone. Each parameter is dealt
+to the ranks in spans of equally many blocks; the left-over blocks go to one rank each, beginning after the last rank that got one
+of the parameter before. So ranks own equally many blocks of the model, give or take one, and of any sequence of parameters, give
+or take two.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from lightning_accel.native import BLOCK_NUMEL
 
 @dataclass(frozen=True)
 class OwnedSpan:
-    """Consecutive blocks of one parameter that one rank owns.
+    """A span: consecutive blocks of one parameter that one rank owns.
 
     Attributes:
-        owner: rank in the group the blocks were dealt to.
-        start: first element in the parameter, a multiple of `BLOCK_NUMEL`.
-        numel: elements.
-        place: first element among all parameters, one behind another.
-        owned_place: first element among all that the owner owns.
+        owner: Rank that owns the span, in the group that shares the layout.
+        start: First element in the parameter, a multiple of `BLOCK_NUMEL`.
+        numel: Number of elements.
+        place: First element in the concatenation of all parameters.
+        owned_place: First element in the concatenation of all spans of the owner.
     """
 
     owner: int
@@ -34,20 +37,20 @@ class OwnedSpan:
 
 
 def num_blocks(numel: int) -> int:
-    """Blocks of a tensor with `numel` elements."""
+    """Returns the number of blocks of a parameter with `numel` elements."""
     return -(-numel // BLOCK_NUMEL)
 
 
 class Layout:
-    """Ownership of a model's blocks by `num_owners` ranks.
+    """Deals a model's blocks to ranks.
 
     Args:
-        numels: elements of each parameter, in the order of `named_parameters`, the same on all ranks.
-        num_owners: ranks to deal to.
+        numels: Number of elements of each parameter, in the order of `named_parameters`, the same on all ranks.
+        num_owners: Number of ranks that own blocks.
 
     Attributes:
-        numel: elements of all parameters.
-        owned_numels: elements that each owner owns.
+        numel: Number of elements of all parameters.
+        owned_numels: Number of elements that each rank owns.
     """
 
     def __init__(self, numels: Sequence[int], num_owners: int) -> None:
@@ -62,19 +65,19 @@ class Layout:
             dealt_blocks += num_blocks(numel)
 
     def spans(self, parameter: int) -> list[OwnedSpan]:
-        """Runs of a parameter (its place in `numels`), in the order of its elements, empty ones left out."""
+        """Returns the spans of a parameter (its index in `numels`) in the order of its elements, without empty spans."""
         return self._spans[parameter]
 
     def share(self, owner: int, num_owners: int) -> Layout:
-        """What an owner owns, dealt out again: of each parameter the part that is its own.
+        """Returns a layout that deals one owner's spans again, each as a parameter of its own.
 
-        Hierarchical algorithms need it: ranks of a node share a parameter, and the ranks of equal local rank share such a part
-        among the nodes.
+        Hierarchical algorithms need it: the ranks of a node share each parameter, and ranks of equal local rank share one such
+        part among the nodes.
         """
         return Layout([sum(span.numel for span in spans if span.owner == owner) for spans in self._spans], num_owners)
 
     def _deal(self, numel: int, first_owner: int) -> list[OwnedSpan]:
-        """Deals a parameter's blocks out in contiguous spans, the left-over ones from `first_owner` on."""
+        """Deals the blocks of a parameter in spans; left-over blocks go to `first_owner` and the ranks after it, one each."""
         num_owners = len(self.owned_numels)
         each, left_over = divmod(num_blocks(numel), num_owners)
         spans = []

@@ -1,25 +1,18 @@
-"""What a block looks like on the wire: a thin, typed face of the native codecs.
-
-A *plan* says which elements of a tensor stand where in a message; the four operations move between tensors and messages along
-a plan. They check what Python knows (dtype, device, layout), the native side checks sizes again and releases the GIL. The wire
-formats are shown byte by byte in native/README.md.
-
-Tensors are one-dimensional and contiguous; messages are `uint8`. On CUDA everything is enqueued on the current stream.
-"""
+"""The codecs, and which of them need error feedback. native/README.md shows their wire formats byte by byte."""
 
 from __future__ import annotations
 
 import difflib
 
 CODECS = ("none", "fp16", "bf16", "int8", "minmax_uint8", "int4", "sign")
-"""Names of the codecs; the position is the native code."""
+"""Names of the codecs; a name's position is its native code."""
 
 NEEDING_FEEDBACK = ("int4", "sign")
-"""Codecs that lose so much that error feedback is their default."""
+"""Codecs that use error feedback by default, because they lose much."""
 
 
 def check_codec(name: str) -> None:
-    """Raises ValueError unless `name` is a codec."""
+    """Raises ValueError unless `name` is the name of a codec."""
     if name not in CODECS:
         close = difflib.get_close_matches(str(name), CODECS, n=1)
         nearest = f"; did you mean {close[0]!r}?" if close else ""
@@ -27,13 +20,13 @@ def check_codec(name: str) -> None:
 
 
 def uses_feedback(codec: str, error_feedback: bool | None) -> bool:
-    """Whether residuals are kept: as asked for, or the codec's default where that is None.
+    """Tells whether residuals are kept: `error_feedback` itself, or the codec's default if it is None.
 
     Raises:
-        ValueError: for what is neither True, False nor None, or True with codec "none", which loses nothing.
+        ValueError: `error_feedback` is not True, False or None, or is True with codec "none", which loses nothing.
     """
     if error_feedback not in (True, False, None):
         raise ValueError(f"error_feedback must be True, False or None: got {error_feedback!r}")
     if error_feedback and codec == "none":
-        raise ValueError("error_feedback=True needs a codec that loses something: 'none' does not")
+        raise ValueError("error_feedback=True needs a codec that loses something: 'none' loses nothing")
     return codec in NEEDING_FEEDBACK if error_feedback is None else error_feedback

@@ -1,30 +1,29 @@
-"""Which elements of a tensor stand where in a message."""
+"""Plans: which elements of a tensor stand where in a message."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 
-from lightning_accel import _native
 from lightning_accel.compression.codecs import CODECS, check_codec
-from lightning_accel.native import DTYPES
+from lightning_accel.native import DTYPES, kernels
 
 
 class Plan:
-    """Which elements of a tensor stand where in a message. Immutable.
+    """Tells which elements of a tensor stand where in a message. Immutable.
 
     Args:
-        codec: one of `CODECS`.
-        dtype: of the tensor; float32, float16, bfloat16 or float64.
-        tensor_offsets: first element of each segment in the tensor.
-        numels: elements of each segment.
-        wire_offsets: first byte of each segment in the message, ascending multiples of 16; None puts them one behind another.
-        residual_offsets: first element of each segment among the residuals; None puts them as in the tensor.
+        codec: Name of a codec, from `CODECS`.
+        dtype: Dtype of the tensor: float32, float16, bfloat16 or float64.
+        tensor_offsets: First element of each segment in the tensor.
+        numels: Number of elements of each segment.
+        wire_offsets: First byte of each segment in the message, ascending multiples of 16; None packs segments one after another.
+        residual_offsets: First element of each segment among the residuals; None takes the offsets in the tensor.
 
     Raises:
-        ValueError: for an unknown codec, a dtype that cannot be sent, or offsets that overlap.
+        ValueError: The codec is unknown, the dtype cannot be sent, or segments overlap.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Plan:
             raise ValueError(f"only {', '.join(str(d) for d in DTYPES)} can be sent: got {dtype}")
         self.codec = codec
         self.dtype = dtype
-        self.native = _native.Plan(
+        self.native = kernels.Plan(
             CODECS.index(codec),
             DTYPES.index(dtype),
             tensor_offsets,
@@ -50,11 +49,11 @@ class Plan:
             [] if residual_offsets is None else residual_offsets,
         )
         self.wire_bytes = self.native.wire_bytes
-        """Bytes the message must have at least."""
+        """Smallest size of a message in bytes."""
         self.tensor_numel = self.native.tensor_numel
-        """Elements the tensor must have at least."""
+        """Smallest number of elements of a tensor."""
         self.residual_numel = self.native.residual_numel
-        """Elements the residuals must have at least."""
+        """Smallest number of elements of the residuals."""
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     @cached_property
@@ -64,22 +63,16 @@ class Plan:
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """What values are summed in: float32, but float64 where codec `none` carries float64."""
+        """Dtype in which values are summed: float64 if codec `none` carries float64, else float32."""
         return torch.float64 if self.codec == "none" and self.dtype == torch.float64 else torch.float32
 
-    def _run(self, operation: Callable[..., None], device: torch.device, *operands: float) -> None:
-        """Calls a native operation; on CUDA with the segment table and the current stream of `device`."""
-        if device.type == "cpu":
-            operation(self.native, *operands, 0, 0)
-            return
-        with torch.cuda.device(device):
-            operation(self.native, *operands, self.segments_on(device), torch.cuda.current_stream(device).cuda_stream)
-
     def segments_on(self, device: torch.device) -> int:
-        """Address of the segment table on a CUDA device, for native operations; it lives as long as the plan."""
+        """Returns the address of the segment table on a CUDA device, which lives as long as the plan; 0 on the CPU."""
+        if device.type == "cpu":
+            return 0
         table = self._tables.get(device)
         if table is None:
-            # Once a plan and device; a plan without segments still needs an address.
+            # Made once per plan and device; a plan without segments still needs an address.
             data = bytearray(self.native.segment_table() or b"\0")
             table = self._tables[device] = torch.frombuffer(data, dtype=torch.uint8).to(device)
         return table.data_ptr()

@@ -11,14 +11,14 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 
 
 class AllReduceInterceptor(dist.ProcessGroup):
-    """A process group as DDP's reducer uses it, whose all_reduces of gradients are handed to a function.
+    """A process group as DDP's reducer uses it, which hands the all_reduces of gradients to a function.
 
     With a communication hook DDP leaves the division by the number of ranks to the hook, one more pass over memory; without
     one it divides while it copies gradients into buckets. Here a bucket arrives divided.
 
     Args:
-        process_group: the reducer's own; carries all that is not a gradient.
-        all_reduce: starts the sum of a divided bucket; its future delivers the bucket, and never fails.
+        process_group: The reducer's own group, which carries everything but gradients.
+        all_reduce: Function that starts the sum of a divided bucket; its future delivers the bucket, and never fails.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class AllReduceInterceptor(dist.ProcessGroup):
         self._process_group = process_group
         self._all_reduce = all_reduce
 
-    # Names, spelling and arguments below are those that torch's ProcessGroup calls.
+    # torch's ProcessGroup calls these by their names and with these arguments.
 
     def allreduce(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:  # type: ignore[override]
-        """Diverted for gradients; DDP also sums, as integers, which parameters were used."""
+        """Intercepts gradients; passes on the integers by which DDP sums which parameters were used."""
         (tensor,) = tensors
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return self._process_group.allreduce(tensors, options)
@@ -39,5 +39,5 @@ class AllReduceInterceptor(dist.ProcessGroup):
         return work
 
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:  # type: ignore[override]
-        """Buffers, and the order of buckets."""
+        """Passes on buffers, and the order of buckets."""
         return self._process_group.broadcast(tensors, options)

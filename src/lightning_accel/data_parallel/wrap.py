@@ -1,4 +1,4 @@
-"""Any algorithm in a plain PyTorch loop: `wrap` gives the DDP module, with the algorithm attached."""
+"""Any algorithm in a plain PyTorch loop: `wrap` returns the DDP module, with the algorithm attached."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.algorithms import Algorithm, make_algorithm
+from lightning_accel.algorithms.registry import algorithm_options, check_keywords, reserve_keywords
 from lightning_accel.background.statistics import Statistics
 from lightning_accel.data_parallel.replica import Replica
+
+DDP_ARGUMENTS = dict(list(inspect.signature(DistributedDataParallel).parameters.items())[1:])
+"""Arguments of DistributedDataParallel but for the module."""
 
 
 class AccelDataParallel(DistributedDataParallel):
@@ -25,7 +29,7 @@ class AccelDataParallel(DistributedDataParallel):
     A copy or a pickle of it has no algorithm: it is plain DDP.
 
     Attributes:
-        replica: what attaches the algorithm.
+        replica: Replica that attaches the algorithm.
     """
 
     replica: Replica
@@ -69,16 +73,16 @@ def wrap(
     `no_sync()` for accumulation, `state_dict()`.
 
     Args:
-        model: on its device; its parameters become rank 0's.
-        optimizers: one or several, over the model's parameters: their steps tell the algorithm where a round ends.
-        algorithm: a name, or an `Algorithm` object.
-        timeout: of the algorithm's collectives; None takes that of the process group.
-        **options: of the algorithm, such as `codec`, and of DistributedDataParallel, such as `bucket_cap_mb`.
+        model: Model on its device; its parameters become rank 0's.
+        optimizers: One or several optimizers over the model's parameters; their steps tell the algorithm where a round ends.
+        algorithm: Name of a registered algorithm, or an `Algorithm` object.
+        timeout: Bound on each of the algorithm's collectives; None takes that of the process group.
+        **options: Options of the algorithm, such as `codec`, and arguments of DistributedDataParallel, such as `bucket_cap_mb`.
             gradient_as_bucket_view is True unless given.
 
     Raises:
-        ValueError: for an unknown algorithm or a wrong value of an option.
-        TypeError: for an option that neither of both takes, or a model or an optimizer that is none.
+        ValueError: For an unknown algorithm or a wrong value of an option.
+        TypeError: For a keyword that neither of both takes, or a model or an optimizer that is none.
 
     Example:
         >>> with wrap(model, optimizer, "bytegrad") as model:  # doctest: +SKIP
@@ -91,22 +95,25 @@ def wrap(
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"wrap needs the optimizer, or all of them, after the model: got {type(optimizer).__name__}")
-    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    of_ddp = {name: options.pop(name) for name in list(options) if name in parameters and name not in ("self", "module")}
-    made = make_algorithm(algorithm, options)
+    check_keywords("wrap", options, {"options": algorithm_options(), "DistributedDataParallel's arguments": DDP_ARGUMENTS})
+    ddp_kwargs = {name: options.pop(name) for name in list(options) if name in DDP_ARGUMENTS}
+    chosen = make_algorithm(algorithm, options)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
-    ddp = AccelDataParallel(model, **{**defaults, **of_ddp})
-    ddp.replica = Replica(ddp, made, optimizers, timeout=timeout)
+    ddp = AccelDataParallel(model, **{**defaults, **ddp_kwargs})
+    ddp.replica = Replica(ddp, chosen, optimizers, timeout=timeout)
     return ddp
 
 
+reserve_keywords("wrap", [name for name in inspect.signature(wrap).parameters if name != "options"])
+
+
 def unwrap(ddp: AccelDataParallel) -> nn.Module:
-    """Ends communication and gives the model back, with equal weights on all ranks. Collective and idempotent.
+    """Ends communication and returns the model, with equal weights on all ranks. Collective and idempotent.
 
     Raises:
-        RuntimeError: after a `with` block that an exception has ended, if weights may differ between ranks.
-        TypeError: for anything that `wrap` has not made.
+        RuntimeError: After a `with` block that an exception has ended, if weights may differ between ranks.
+        TypeError: For anything that `wrap` has not returned.
     """
     check_wrapped(ddp)
     try:
@@ -118,6 +125,10 @@ def unwrap(ddp: AccelDataParallel) -> nn.Module:
 
 
 def check_wrapped(ddp: object) -> None:
-    """Refuses a model that has no algorithm."""
+    """Refuses a model that has no algorithm.
+
+    Raises:
+        TypeError: For anything that `wrap` has not returned.
+    """
     if not isinstance(getattr(ddp, "replica", None), Replica):  # a compiled one has it too, a copy has not
         raise TypeError(f"what lightning_accel.wrap has returned is needed: got {type(ddp).__name__}")

@@ -1,1 +1,1 @@
-"""The command `lightning-accel`: programs on several processes and machines."""
+"""Starts programs on several processes and machines (the command `lightning-accel`), and joins them to a process group."""

@@ -1,4 +1,4 @@
-"""The command `lightning-accel`: starts programs on several processes, and says how a process sees itself."""
+"""The command `lightning-accel`: starts programs on several processes, and prints how a process sees itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from lightning_accel.launch import ssh_run
-from lightning_accel.launch.arguments import add_tuning, of_script, tuning_of
+from lightning_accel.launch.arguments import add_network_options, given_network_options, script_arguments
 from lightning_accel.transport.tcp_keepalive import watch_connections
 
 _FAILED = 1
@@ -20,12 +20,12 @@ _WATCH_SECONDS = 10.0
 
 _EXIT_CODES = """\
 exit codes:
-  0        all processes ended well
+  0        all processes succeeded
   1        nothing was started; the message says why
   2        wrong arguments
   128 + n  signal n ended the process that failed first; 130 after Ctrl-C
-  255      ssh did not reach a host, or lost it
-  else     that of the process that failed first"""
+  255      ssh could not reach a host, or lost the connection
+  other    exit code of the process that failed first"""
 
 _EXAMPLES = """\
 examples:
@@ -38,46 +38,46 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    as_written = argparse.RawDescriptionHelpFormatter
+    """Runs the command and returns its exit code."""
+    keep_layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="lightning-accel",
-        description="Starts programs on several processes and machines, and says how a process sees itself.",
+        description="Starts programs on several processes and machines, and prints how a process sees itself.",
         epilog=_EXAMPLES + _EXIT_CODES,
-        formatter_class=as_written,
+        formatter_class=keep_layout,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="start a program on the processes of this node: torchrun, and more", add_help=False)
+    commands.add_parser("run", help="start a program on this node: torchrun with network options", add_help=False)
     ssh_parser = commands.add_parser(
         "ssh-run",
         help="start a program on several machines over ssh",
         usage="%(prog)s --host-list H1:22,H2 [options] script [arguments ...]",
-        description="Starts a program on several machines over ssh, from one of them. All need the same files in the same\n"
-        "places, and a login without a password. Output is printed with host and rank before it. Ctrl-C, or the failure\n"
-        "of one host, ends all.",
+        description="Starts a program on several machines over ssh, from one of them. All machines need the same files in the\n"
+        "same places, and a login without a password. Each line of output is printed after its host and rank. Ctrl-C, or\n"
+        "the failure of one host, ends the program on all hosts.",
         epilog=_EXIT_CODES,
-        formatter_class=as_written,
+        formatter_class=keep_layout,
     )
     ssh_run.add_arguments(ssh_parser)
     commands.add_parser(
         "env",
         help="print rank, world size and addresses as this process sees them",
-        description="Prints this process's rank, the number of processes and where they meet, and the variables that say so.\n"
-        "Put it in a program's place: srun lightning-accel env",
-        formatter_class=as_written,
+        description="Prints this process's rank, the number of processes and the rendezvous address, each with the variable it\n"
+        "comes from. Start it in place of a program: srun lightning-accel env",
+        formatter_class=keep_layout,
     )
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["run"]:
         return _run(words[1:])
     args = parser.parse_args(words)
     if words[0] == "ssh-run":
-        args.arguments = of_script(args.script, args.arguments, words)
+        args.arguments = script_arguments(args.script, args.arguments, words)
         return ssh_run.ssh_run(args)
     return _print_environment()
 
 
 def _keep_watching() -> None:
-    """Watches torchrun's own connections; it makes them inside of a call that lasts as long as the program."""
+    """Watches torchrun's own connections: it opens them inside a call that lasts as long as the program."""
     while True:
         time.sleep(_WATCH_SECONDS)
         watch_connections()
@@ -95,11 +95,17 @@ def _print_environment() -> int:
 
 
 def _run(words: list[str]) -> int:
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import get_args_parser, run
+    args = _parse_run(words)
+    for option, value in given_network_options(args):
+        for variable in option.variables:
+            os.environ[variable] = str(value)
+            print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
+    threading.Thread(target=_keep_watching, daemon=True).start()
+    return _run_torchrun(args)
+
+
+def _parse_run(words: list[str]) -> argparse.Namespace:
+    from torch.distributed.run import get_args_parser
 
     parser = get_args_parser()
     parser.prog = "lightning-accel run"
@@ -107,27 +113,38 @@ def _run(words: list[str]) -> int:
     parser.description = "Starts a program on the processes of this node: torchrun, with options for the network (at the end)."
     parser.epilog = _EXIT_CODES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_tuning(parser)
+    add_network_options(parser)
     args = parser.parse_args(words)
-    args.training_script_args = of_script(args.training_script, args.training_script_args, words)
+    args.training_script_args = script_arguments(args.training_script, args.training_script_args, words)
+    _check_run(parser, args)
+    return args
+
+
+def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message for numbers that torchrun would not refuse, or would refuse with a traceback."""
     if re.fullmatch("-?[0-9]+", args.nproc_per_node) and int(args.nproc_per_node) < 1:
         parser.error(f"argument --nproc-per-node: must be at least 1: got {args.nproc_per_node}")
     if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", args.nnodes, re.ASCII):
-        parser.error(f"argument --nnodes: must be a number of nodes, or the least and the most as 2:4: got {args.nnodes}")
+        parser.error(f"argument --nnodes: must be a number of nodes, or a range such as 2:4: got {args.nnodes}")
     least, _, most = args.nnodes.partition(":")
     if int(least) > int(most or least):
-        parser.error(f"argument --nnodes: the least must not be above the most: got {args.nnodes}")
+        parser.error(f"argument --nnodes: the minimum must not be above the maximum: got {args.nnodes}")
     if args.max_restarts < 0:
         parser.error(f"argument --max-restarts: must be at least 0: got {args.max_restarts}")
     if args.master_port is not None and not 0 <= args.master_port <= 65535:
         parser.error(f"argument --master-port: must be from 0 to 65535: got {args.master_port}")
     if args.nnodes.isdecimal() and args.rdzv_backend == "static" and not 0 <= args.node_rank < int(args.nnodes):
         parser.error(f"argument --node-rank: must be at least 0 and below --nnodes {args.nnodes}: got {args.node_rank}")
-    for option, value in tuning_of(args):
-        for variable in option.variables:
-            os.environ[variable] = str(value)
-            print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
-    threading.Thread(target=_keep_watching, daemon=True).start()
+
+
+def _run_torchrun(args: argparse.Namespace) -> int:
+    """Runs torchrun; returns an exit code of `_EXIT_CODES` and prints a line of explanation for each failure."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import run
+
     try:
         run(args)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -137,13 +154,13 @@ def _run(words: list[str]) -> int:
         print(f"lightning-accel run: rank {rank} failed first, with {end}; its own output says why", file=sys.stderr)
         return 128 - code if code < 0 else code
     except SignalException as error:
-        print(f"lightning-accel run: ended by signal {error.sigval:d}, and its processes with it", file=sys.stderr)
+        print(f"lightning-accel run: signal {error.sigval:d} ended the command and its processes", file=sys.stderr)
         return 128 + int(error.sigval)
     except (DistError, RendezvousError) as error:
         reason = str(error).partition("\n")[0]
         print(
-            f"lightning-accel run: the nodes did not meet: {reason} Look at --master-addr, --master-port (is it free?), --nnodes "
-            "and --node-rank, and whether the command runs on all nodes",
+            f"lightning-accel run: the nodes did not meet: {reason} Check --master-addr, --master-port (is it free?), --nnodes "
+            "and --node-rank, and that the command runs on all nodes",
             file=sys.stderr,
         )
         return _FAILED

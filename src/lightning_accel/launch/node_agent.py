@@ -1,8 +1,8 @@
-"""One node's part of `lightning-accel ssh-run`: runs a job, and leaves nothing of it behind.
+"""Runs a job on one node for `lightning-accel ssh-run`, and leaves no process of it behind.
 
-The job comes on standard input, as one line of JSON with `argv`, `variables` and `workdir`, so that nothing of it stands in a
-command line. What follows on standard input are names of signals, one a line, for the job's processes; the end of input, which is
-also what a lost connection looks like, ends them.
+The job comes on standard input, as one line of JSON with `argv`, `variables` and `workdir`, so that no part of it shows in a
+command line. Further lines are names of signals, which the agent sends to the job's processes. The end of the input, which is
+also what a lost connection looks like, ends the job.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 _FAILED = 1
 
 _GRACE_SECONDS = 10.0
-"""Between asking a job to end and ending it."""
+"""Time between SIGTERM and SIGKILL."""
 
 
 def main() -> int:
     """Runs the job; returns its exit code, 128 + n if signal n ended it, or 1 if it cannot be started."""
-    lines = _lines_of_input()
+    lines = _input_lines()
     job = json.loads(next(lines))
     try:
         process = subprocess.Popen(
@@ -37,21 +37,21 @@ def main() -> int:
     except OSError as error:
         print(f"lightning-accel ssh-run: cannot start here: {error}; see --workdir and --python", file=sys.stderr)
         return _FAILED
-    threading.Thread(target=_obey, args=(process, lines), daemon=True).start()
+    threading.Thread(target=_forward_signals, args=(process, lines), daemon=True).start()
     code = process.wait()
-    _signal_all(process, signal.SIGKILL)  # what it left behind
+    _signal_all(process, signal.SIGKILL)  # processes that the job left behind
     return 128 - code if code < 0 else code
 
 
-def _lines_of_input() -> Iterator[str]:
-    """Without Python's buffer: a thread that waits in it would hold its lock at the interpreter's exit."""
+def _input_lines() -> Iterator[str]:
+    """Yields lines of standard input without Python's buffer, whose lock a waiting thread would hold at interpreter exit."""
     rest = b""
     while data := os.read(0, 1 << 16):
         *lines, rest = (rest + data).split(b"\n")
         yield from (line.decode() for line in lines)
 
 
-def _obey(process: subprocess.Popen[bytes], lines: Iterator[str]) -> None:
+def _forward_signals(process: subprocess.Popen[bytes], lines: Iterator[str]) -> None:
     for line in lines:
         _signal_all(process, signal.Signals[line])
     _signal_all(process, signal.SIGTERM)

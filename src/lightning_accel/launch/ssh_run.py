@@ -1,6 +1,6 @@
 """`lightning-accel ssh-run`: starts a program on several machines over ssh, from one of them.
 
-On each host runs `lightning_accel.launch.node_agent`, which gets its job through ssh's standard input; the job is
+Each host runs `lightning_accel.launch.node_agent`, which gets its job through ssh's standard input; the job is
 `lightning-accel run`.
 """
 
@@ -22,32 +22,32 @@ from dataclasses import dataclass
 from typing import IO
 
 from lightning_accel.environment import DEFAULT_PORT, variable
-from lightning_accel.launch.arguments import add_tuning, port, positive, tuning_of
+from lightning_accel.launch.arguments import add_network_options, given_network_options, port, positive
 from lightning_accel.transport.tcp_keepalive import UNREACHABLE_SECONDS
 
 _GRACE_SECONDS = 15.0
-"""Between asking a node to end and closing its connection, and again before ending ssh: the agent's own grace and some more."""
+"""Time from asking a node to end to closing its connection, and from there to killing ssh: longer than the agent's own."""
 
 _FAILED = 1
 
-_SSH_FAILED = 255
+_SSH_FAILED = 255  # how ssh reports its own failures
 
 _PROBES = 4
 
 _SSH_OPTIONS = (
     "BatchMode=yes",
-    f"ServerAliveInterval={UNREACHABLE_SECONDS / _PROBES:.0f}",  # a host that is unplugged ends ssh, and that ends the others
+    f"ServerAliveInterval={UNREACHABLE_SECONDS / _PROBES:.0f}",  # ssh ends when a host is unplugged, and that ends the others
     f"ServerAliveCountMax={_PROBES}",
 )
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine as ssh finds it.
+    """A machine that ssh can reach.
 
     Attributes:
-        name: host name or address, with "user@" before it or not.
-        port: of its sshd.
+        name: Host name or address, with or without "user@" before it.
+        port: Port of its sshd.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Host:
 
     @property
     def address(self) -> str:
-        """Without the user."""
+        """The name without the user."""
         return self.name.rpartition("@")[2]
 
 
 def parse_hosts(text: str) -> list[Host]:
-    """Reads "h1:22,user@h2:2222,h3"; port 22 unless given.
+    """Reads hosts from text such as "h1:22,user@h2:2222,h3"; the default port is 22.
 
     Raises:
-        argparse.ArgumentTypeError: for anything that is no host name, address or port, or stands there twice.
+        argparse.ArgumentTypeError: A host name, address or port is malformed, or a host is listed twice.
     """
     hosts = []
     for word in text.split(","):
@@ -72,15 +72,15 @@ def parse_hosts(text: str) -> list[Host]:
             raise argparse.ArgumentTypeError(f"hosts must be like h1:22,user@h2:2222: got {word!r}")
         hosts.append(Host(match[1], int(match[2] or 22)))
     if len(set(hosts)) < len(hosts):
-        raise argparse.ArgumentTypeError(f"each host must stand there once: got {text!r}")
+        raise argparse.ArgumentTypeError(f"each host must be listed once: got {text!r}")
     return hosts
 
 
 def parse_variable(text: str) -> tuple[str, str]:
-    """Reads NAME=VALUE, or NAME with the value it has here.
+    """Reads NAME=VALUE, or NAME alone, which takes its value from this process.
 
     Raises:
-        argparse.ArgumentTypeError: for a wrong name, or one that has no value here.
+        argparse.ArgumentTypeError: The name is malformed, or stands alone and is not set here.
     """
     name, has_value, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
@@ -93,35 +93,28 @@ def parse_variable(text: str) -> tuple[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own."""
+    """Adds ssh-run's arguments."""
     parser.add_argument(
-        "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshd"
+        "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshds"
     )
     parser.add_argument("--nproc-per-node", type=positive, default=1, metavar="N", help="processes on each host (default: 1)")
-    parser.add_argument("--master-addr", metavar="NAME", help="where ranks meet (default: the first host's name)")
+    parser.add_argument("--master-addr", metavar="NAME", help="rendezvous host (default: the first host's name)")
+    parser.add_argument("--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="its port (default: %(default)s)")
+    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="option for ssh (-o); repeatable")
     parser.add_argument(
-        "--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="port there (default: %(default)s)"
+        "--env", action="append", default=[], type=parse_variable, metavar="NAME[=VALUE]", help="variable to set; repeatable"
     )
-    parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="of ssh (-o); may be repeated")
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        type=parse_variable,
-        metavar="NAME[=VALUE]",
-        help="variable for the processes; may be repeated",
-    )
-    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="where to start on each host (default: here)")  # noqa: PTH109
+    parser.add_argument("--workdir", default=os.getcwd(), metavar="PATH", help="folder to start in on each host (default: here)")  # noqa: PTH109
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
-    parser.add_argument("script", help="what to run: a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for it").required = False
-    add_tuning(parser)
+    parser.add_argument("script", help="Python file to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script").required = False
+    add_network_options(parser)
 
 
 def ssh_run(args: argparse.Namespace) -> int:
-    """Runs the command on all hosts; returns the exit code of the one that failed first, 130 after Ctrl-C, 1 without ssh."""
+    """Runs the command on all hosts; returns the exit code of the host that failed first, 130 after Ctrl-C, 1 without ssh."""
     if shutil.which("ssh") is None:
-        _say("there is no ssh on PATH here: install OpenSSH's client")
+        _print_error("there is no ssh on PATH here: install OpenSSH's client")
         return _FAILED
     nodes = [_Node(host, rank, args) for rank, host in enumerate(args.host_list)]
     try:
@@ -146,7 +139,7 @@ def _wait(nodes: list[_Node]) -> int:
             if code != 0:
                 lost = "could not be reached by ssh, or its connection was lost"
                 what = lost if code == _SSH_FAILED else f"failed first, with exit code {code}"
-                _say(f"{node.host.name} {what}; the other hosts are ended")
+                _print_error(f"{node.host.name} {what}; ending the other hosts")
                 return code
             break
         time.sleep(0.05)
@@ -154,7 +147,7 @@ def _wait(nodes: list[_Node]) -> int:
 
 
 def _end(nodes: list[_Node], number: signal.Signals) -> None:
-    """Asks all to end, then closes their connections, which ends their jobs, then ends ssh itself."""
+    """Asks all nodes to end, then closes their connections, which ends their jobs, then kills ssh itself."""
     for action in (lambda node: node.send(number), _Node.hang_up, _Node.kill):
         for node in nodes:
             action(node)
@@ -170,7 +163,7 @@ def _end(nodes: list[_Node], number: signal.Signals) -> None:
 
 
 class _Node:
-    """A host, and the ssh process that leads to it."""
+    """A host, and the ssh process connected to it."""
 
     def __init__(self, host: Host, rank: int, args: argparse.Namespace) -> None:
         self.host = host
@@ -178,9 +171,9 @@ class _Node:
         self._options = args.ssh_option
         run = ["--nnodes", len(args.host_list), "--node-rank", rank, "--nproc-per-node", args.nproc_per_node, "--tee", 3]
         run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
-        for option, value in tuning_of(args):
+        for option, value in given_network_options(args):
             run += [f"--{option.name}", value]
-        # -u: torchrun's --tee does not flush what it prints.
+        # -u, because torchrun's --tee does not flush what it prints.
         argv = [args.python, "-u", "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
         self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
@@ -188,16 +181,16 @@ class _Node:
         self._printers: list[threading.Thread] = []
 
     def start(self) -> None:
-        # Of an option given twice, ssh takes the first.
+        # ssh uses an option's first value, so the user's come first.
         options = [word for option in (*self._options, *_SSH_OPTIONS) for word in ("-o", option)]
-        # What ssh gets goes through a shell on the other side: quoted, and nothing of the job is in it.
+        # A shell on the host reads this command: it is quoted, and holds no part of the job.
         command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.launch.node_agent"
         self._ssh = subprocess.Popen(
             ["ssh", *options, "-p", str(self.host.port), "--", self.host.name, command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is passed on by us, to the job and not to ssh
+            start_new_session=True,  # Ctrl-C must not reach ssh: we pass it on to the job
         )
         assert self._ssh.stdout is not None
         assert self._ssh.stderr is not None
@@ -208,7 +201,7 @@ class _Node:
         self._write(self._job)
 
     def poll(self) -> int | None:
-        """Exit code of the job, None while it runs; 0 where nothing was started."""
+        """Returns the exit code of the job, None while it runs, or 0 if it was never started."""
         return self._ssh.poll() if self._ssh is not None else 0
 
     def send(self, number: signal.Signals) -> None:
@@ -224,7 +217,7 @@ class _Node:
             self._ssh.kill()
 
     def finish(self) -> None:
-        """Prints what is left of the output."""
+        """Prints the rest of the output."""
         self.hang_up()
         for printer in self._printers:
             printer.join(_GRACE_SECONDS)
@@ -232,16 +225,16 @@ class _Node:
     def _write(self, line: str) -> None:
         if self._ssh is None or self._ssh.stdin is None or self._ssh.poll() is not None:
             return
-        with contextlib.suppress(OSError, ValueError):  # gone, or hung up
+        with contextlib.suppress(OSError, ValueError):  # ssh has ended, or its input is closed
             self._ssh.stdin.write(line.encode() + b"\n")
             self._ssh.stdin.flush()
 
     def _print(self, source: IO[bytes], target: IO[str]) -> None:
         for line in source:
             text = line.decode(errors="replace").rstrip("\n")
-            target.write(f"[{self.host.name}] {text}\n")  # one write a line, so that hosts do not mix
+            target.write(f"[{self.host.name}] {text}\n")  # one write per line, so that hosts' lines do not mix
             target.flush()
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"lightning-accel ssh-run: {text}", file=sys.stderr, flush=True)

@@ -6,22 +6,21 @@ import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from typing import Any, Literal, overload
+from importlib import import_module
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
-from lightning_accel import _native
-from lightning_accel.native import DTYPES, run_kernel
-
-STABLE_RATIO = 0.96
-"""`warmup_steps="auto"`: how near to 1 the ratio of the variance's norms must be (1-bit Adam, section 7.1)."""
+from lightning_accel.native import DTYPES, kernels, run_kernel
+from lightning_accel.optim.frozen_variance import find_floors, raise_to_floors
+from lightning_accel.optim.memory import by_device_and_dtype, check_dense, complete_state, step_addresses
 
 
 class Phase(Enum):
-    """Where a QAdam is in its life."""
+    """The two phases of a QAdam."""
 
     WARMUP = "warmup"
     """Exact Adam on mean gradients."""
@@ -34,54 +33,65 @@ class QAdam(torch.optim.Adam):
 
     Warm-up, steps t = 1 .. T: torch's own Adam, on the mean of the ranks' gradients.
 
-    Afterwards v stays v_T, and each rank r folds its own gradient into the momentum, which then travels compressed, with
-    error feedback:
+    Afterwards v stays v_T, raised to a floor (see `optim/frozen_variance.py`). Each rank r folds its own gradient into the
+    momentum, which then travels compressed, with error feedback:
 
         m_r <- beta1 m + (1 - beta1) (g_r + weight_decay x)         during backward
         m   <- Q(1/n sum_r Q(m_r))                                  the all_reduce
         x   <- x - lr m / (1 - beta1^t) / (sqrt(v_T / (1 - beta2^T)) + eps)
 
-    (with decoupled weight decay x <- x - lr weight_decay x instead of the term in m_r). m is taken up in `step` only: a step
-    that is not made changes nothing.
+    With decoupled weight decay, x <- x - lr weight_decay x replaces the term in m_r. Only `step` changes m: a step that is not
+    made changes nothing.
 
-    The floor. Where v_T is zero or tiny (an embedding's row that was not seen in warm-up) Adam's quotient would explode. So
-    v_T <- max(v_T, median / B^2), with the median of the parameter's non-zero v_T, and
-
-        B = (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)),
-
-    which by Cauchy and Schwarz is the largest |m| / sqrt(v) that Adam itself can reach, whatever the gradients (7.27 by
-    default). So a gradient as large as is usual for the parameter moves an element at most as far as Adam could. A parameter
-    that no gradient has reached takes the smallest floor of the others.
-
-    Source: QAdam of Bagua (Gan et al. 2021, arXiv:2107.01499) and 1-bit Adam (Tang et al. 2021, arXiv:2102.02888). Bagua's
-    drops the gradient of step T, corrects the frozen v with a beta2^t that moves on, loses weight decay after T and has no
-    error feedback; `bagua_compat` does as it does.
+    Source: QAdam (Gan et al. 2021, arXiv:2107.01499) and 1-bit Adam (Tang et al. 2021, arXiv:2102.02888).
 
     Without the algorithm, or before T, it is Adam (with v frozen, where a state from after T is loaded without the algorithm).
-    The state has Adam's names (`step`, `exp_avg`, `exp_avg_sq`); groups remember `steps` and `frozen_step` (T, 0 in warm-up).
+    The state has Adam's names (`step`, `exp_avg`, `exp_avg_sq`); groups also hold `steps` and `frozen_step` (T, 0 in warm-up).
 
     Args:
-        params: as in Adam: parameters, named parameters or groups, each with its own lr, betas, eps, weight_decay if wanted.
-        lr: learning rate.
-        warmup_steps: T, at least 1, in optimizer steps; 15 to 25 % of the training. "auto": at every 1/(1 - beta2) steps (1000
-            by default) the L1 norm of the bias-corrected v is compared with the one before; once the smaller is at least 0.96
-            of the larger, v is frozen: never before 2/(1 - beta2) steps. Source: 1-bit Adam, section 7.1.
-        betas: decay of momentum and of variance; beta1^2 < beta2.
-        eps: added to the root of the variance.
-        weight_decay: L2, or decoupled as in AdamW.
-        decoupled_weight_decay: see there.
-        bagua_compat: reproduces Bagua's deviations.
-        foreach: as in Adam, for warm-up.
-        fused: as in Adam, for warm-up. If both are None, fused is used where torch has it.
+        params: Parameters, named parameters or groups as for Adam; a group may have its own lr, betas, eps and weight_decay.
+        lr: Learning rate.
+        warmup_steps: T, at least 1, in optimizer steps; 15 to 25 % of the training. With "auto", the L1 norm of the
+            bias-corrected v is compared with the one before at every 1/(1 - beta2) steps (1000 by default), and v is frozen once
+            the smaller is at least 0.96 of the larger: never before 2/(1 - beta2) steps. Source: 1-bit Adam, section 7.1.
+        betas: Decay rates of momentum and variance; beta1^2 < beta2.
+        eps: Term added to the root of the variance.
+        weight_decay: L2 penalty, or decoupled weight decay as in AdamW.
+        decoupled_weight_decay: Whether weight decay is decoupled.
+        bagua_compat: Whether to make a `lightning_accel.bagua.qadam.BaguaQAdam`, which reproduces Bagua's deviations.
+        foreach: Adam's option, for warm-up.
+        fused: Adam's option, for warm-up. If both are None, fused is used where torch has it.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: If a value is out of range.
 
     Example:
         >>> optimizer = QAdam([torch.nn.Parameter(torch.zeros(3))], lr=1e-3, warmup_steps=500)
         >>> optimizer.phase
         <Phase.WARMUP: 'warmup'>
     """
+
+    bagua_compat: ClassVar[bool] = False
+    """Whether Bagua's deviations are reproduced."""
+    default_error_feedback: ClassVar[bool] = True
+    """Whether the algorithm keeps what codes lose, where its option says neither yes nor no."""
+    prefers_fused: ClassVar[bool] = True
+    """Whether warm-up is fused, where neither `fused` nor `foreach` is given."""
+
+    _is_attached: bool
+    _calls: Counter[str]
+    _folded: set[Tensor]
+
+    def __new__(cls, *args: Any, bagua_compat: bool = False, **options: Any) -> QAdam:
+        """Makes an instance of the subclass that `bagua_compat` asks for."""
+        # By name: `optim` imports no module that builds on it.
+        subclass: type[QAdam] = import_module("lightning_accel.bagua.qadam").BaguaQAdam if bagua_compat and cls is QAdam else cls
+        optimizer = super().__new__(subclass)
+        optimizer._is_attached = False
+        # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
+        optimizer._calls = Counter()
+        optimizer._folded = set()
+        return optimizer
 
     def __init__(
         self,
@@ -99,42 +109,34 @@ class QAdam(torch.optim.Adam):
     ) -> None:
         if warmup_steps != "auto" and (isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1):
             raise ValueError(f"warmup_steps must be a number of steps, at least 1, or 'auto': got {warmup_steps!r}")
-        self._is_attached = False
-        # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
-        self._calls: Counter[str] = Counter()
-        self._folded: set[Tensor] = set()
-        use_fused = fused is None and foreach is None and not bagua_compat
+        if bagua_compat and not self.bagua_compat:
+            raise ValueError(
+                f"bagua_compat=True needs a subclass of lightning_accel.bagua.qadam.BaguaQAdam: got {type(self).__name__}"
+            )
+        use_fused = fused is None and foreach is None and self.prefers_fused
         super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            foreach=foreach,
-            fused=fused,
+            params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused, decoupled_weight_decay=decoupled_weight_decay
         )
-        self.defaults.update(warmup_steps=warmup_steps, bagua_compat=bagua_compat)
+        self.defaults.update(warmup_steps=warmup_steps, bagua_compat=self.bagua_compat)
         for group in self.param_groups:
             self._complete_group(group)
             if use_fused and all(_has_fused(parameter) for parameter in group["params"]):
                 group["fused"] = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for group in state["param_groups"]:  # older torch's AdamW does not name it, and Adam would take it for off
+        for group in state["param_groups"]:
+            _check_group(group, self.bagua_compat)
+            # Older torch's AdamW does not name it, and Adam would take it for off.
             group.setdefault("decoupled_weight_decay", getattr(self, "defaults", {}).get("decoupled_weight_decay", False))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("_is_attached", False)
-        self.__dict__.setdefault("_calls", Counter())
-        self.__dict__.setdefault("_folded", set())
         self._calls["load"] += 1
-        for group in self.param_groups:  # those of a checkpoint of Adam lack them
+        for group in self.param_groups:  # a checkpoint of Adam lacks our entries
             self._complete_group(group)
             if not group["steps"]:
-                group["steps"] = max((int(_steps_of(self.state[p])) for p in group["params"] if p in self.state), default=0)
+                group["steps"] = max((int(self.state[p].get("step", 0)) for p in group["params"] if p in self.state), default=0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in Adam; not after warm-up."""
+        """Adds a group as Adam does; refused after warm-up."""
         if self.param_groups and self.phase is Phase.COMPRESSED:
             raise RuntimeError("parameters cannot join a QAdam after warm-up: their variance would be unknown")
         super().add_param_group(param_group)
@@ -142,14 +144,9 @@ class QAdam(torch.optim.Adam):
 
     @property
     def warmup_steps(self) -> int | Literal["auto"]:
-        """T, in optimizer steps, or "auto"."""
+        """T in optimizer steps, or "auto"."""
         value: int | Literal["auto"] = self.param_groups[0]["warmup_steps"]
         return value
-
-    @property
-    def bagua_compat(self) -> bool:
-        """Whether Bagua's deviations are reproduced."""
-        return bool(self.param_groups[0]["bagua_compat"])
 
     @property
     def phase(self) -> Phase:
@@ -158,21 +155,21 @@ class QAdam(torch.optim.Adam):
 
     @property
     def steps(self) -> int:
-        """Steps made so far."""
+        """Number of steps made so far."""
         return max(int(group["steps"]) for group in self.param_groups)
 
     @property
     def zeroings(self) -> int:
-        """Calls of `zero_grad` so far."""
+        """Number of calls of `zero_grad` so far."""
         return self._calls["zero_grad"]
 
     @property
     def loads(self) -> int:
-        """How often a state was loaded."""
+        """Number of times a state was loaded."""
         return self._calls["load"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in Adam; needed before each backward that follows a step: after warm-up `.grad` holds momentum."""
+        """Resets gradients; needed before each backward that follows a step, because `.grad` holds momentum after warm-up."""
         self._calls["zero_grad"] += 1
         self._folded.clear()
         super().zero_grad(set_to_none)
@@ -182,189 +179,113 @@ class QAdam(torch.optim.Adam):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of Adam in warm-up; afterwards takes up the momentum that `.grad` holds.
+        """Makes a step of Adam in warm-up; afterwards steps with the momentum that `.grad` holds.
 
         Raises:
-            RuntimeError: after warm-up, under a gradient scaler.
+            RuntimeError: If a gradient scaler is used after warm-up.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Asked after the closure: forward and backward may run inside, and the phase changes at a forward.
+        # After the closure: forward and backward may run inside, and the phase changes at a forward.
         self._warn_if_alone()
         if self.phase is Phase.COMPRESSED:
             self._refuse_loss_scaling()
-            self._step_with_momentum()
-        elif self.bagua_compat and self.warmup_steps != "auto" and self.steps + 1 == self.warmup_steps:
-            self._step_with_old_momentum()
+            self._compressed_step()
         else:
-            # Without the hooks that torch wraps around each class's `step`: they belong to this one.
-            with torch.no_grad():
-                inspect.unwrap(torch.optim.Adam.step)(self)
+            self._warmup_step()
         self._folded.clear()
         for group in self.param_groups:
             group["steps"] += 1
         return loss
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
-        """Adam's `exp_avg`; zeros where a parameter has not been stepped yet."""
-        self._complete_state(parameter)
+        """Returns Adam's `exp_avg`, which is zeros where a parameter has not been stepped yet."""
+        complete_state(parameter, self.state[parameter])
         momentum: Tensor = self.state[parameter]["exp_avg"]
         return momentum
 
-    def variance_norm(self) -> float:
-        """L1 norm of the bias-corrected variance."""
-        total = 0.0
-        for group in self.param_groups:
-            correction = 1 - group["betas"][1] ** max(group["steps"], 1)
-            for parameter in group["params"]:
-                if parameter in self.state:
-                    variance = self.state[parameter]["exp_avg_sq"]
-                    total += float(variance.sum(dtype=torch.float64)) / correction
-        return total
-
-    def floors(self) -> dict[Tensor, float]:
-        """The floor of each parameter that a gradient has reached."""
-        found = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                variance = self.state[parameter]["exp_avg_sq"] if parameter in self.state else torch.zeros(0)
-                if (seen := variance[variance > 0]).numel():
-                    found[parameter] = (
-                        self._rescaling(parameter, group) * float(seen.median()) / _largest_ratio(*group["betas"]) ** 2
-                    )
-        return found
+    def split_weight_decay(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Returns the weight decay after warm-up that is folded into a group's momentum, and that which is decoupled."""
+        weight_decay = float(group["weight_decay"])
+        return (0.0, weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
 
     def freeze(self, floors: Mapping[Tensor, float] | None = None) -> None:
-        """Ends warm-up: the variance stays as it is from here on, but for the floor. Called by the algorithm.
+        """Ends warm-up: from here on the variance stays as it is, raised to its floors. Called by the algorithm.
 
         Args:
-            floors: of this optimizer and of others that train the model; None takes `floors()`. A parameter that no gradient has
-                reached gets the least of them.
+            floors: Floors of all optimizers that train the model; None finds its own. A parameter that no gradient has
+                reached gets the smallest.
 
         Raises:
-            RuntimeError: if no gradient was different from zero.
+            RuntimeError: If no gradient was different from zero.
         """
-        floors = self.floors() if floors is None else floors
+        floors = find_floors(self) if floors is None else floors
         if not floors:
             raise RuntimeError("warm-up ends and no gradient was different from zero: QAdam has no variance to go on with")
-        least = min(floors.values())
         for group in self.param_groups:
             group["frozen_step"] = group["steps"]
             for parameter in group["params"]:
-                self._complete_state(parameter)
-                if not self.bagua_compat:
-                    variance = self.state[parameter]["exp_avg_sq"]
-                    variance.mul_(self._rescaling(parameter, group)).clamp_(min=floors.get(parameter, least))
+                complete_state(parameter, self.state[parameter])
+        self._raise_variance(floors)
 
     def note_folded(self, parameters: Iterable[Tensor]) -> None:
-        """Called by the algorithm: in this backward `.grad` of these becomes the momentum."""
+        """Marks parameters whose `.grad` becomes momentum in this backward. Called by the algorithm."""
         self._folded.update(parameters)
 
     def attach(self) -> None:
-        """Called by the algorithm that communicates for this optimizer.
-
-        Raises:
-            ValueError: for a parameter whose elements do not lie densely in memory.
-        """
+        """Notes that an algorithm communicates for this optimizer, and checks parameters for it. Called by the algorithm."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if torch.empty_like(parameter).stride() != parameter.stride():
-                    raise ValueError(
-                        "QAdam needs parameters whose elements lie densely in memory: got one of shape "
-                        f"{tuple(parameter.shape)} and strides {parameter.stride()}"
-                    )
+                check_dense(parameter)
         self._is_attached = True
 
     def detach(self) -> None:
-        """Called by the algorithm when it ends."""
+        """Notes that the algorithm has ended. Called by the algorithm."""
         self._is_attached = False
 
     @torch.no_grad()
-    def _step_with_momentum(self) -> None:
+    def _warmup_step(self) -> None:
+        # Unwrapped: the hooks that torch wraps around each class's `step` run around ours already.
+        inspect.unwrap(torch.optim.Adam.step)(self)
+
+    def _raise_variance(self, floors: Mapping[Tensor, float]) -> None:
+        raise_to_floors(self, floors)
+
+    def _correction_steps(self, group: Mapping[str, Any]) -> int:
+        """Returns the number of steps by which the frozen variance is bias-corrected."""
+        return int(group["frozen_step"])
+
+    @torch.no_grad()
+    def _compressed_step(self) -> None:
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            steps, frozen = group["steps"] + 1, group["frozen_step"]
-            lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
-            step_size = lr / (1 - beta1**steps)
-            correction = math.sqrt(1 - beta2 ** (steps if self.bagua_compat else frozen))
-            decay = 1 - lr * group["weight_decay"] if decoupled and not self.bagua_compat else 1.0
             stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not stepped:
                 continue
+            (beta1, beta2), lr = group["betas"], float(group["lr"])
+            step_size = lr / (1 - beta1 ** (group["steps"] + 1))
+            correction = math.sqrt(1 - beta2 ** self._correction_steps(group))
+            folded_decay, decoupled_decay = self.split_weight_decay(group)
+            decay = 1 - lr * decoupled_decay
             torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
-            self._fold_others(group, [parameter for parameter in stepped if parameter not in self._folded])
-            for (device, dtype), parameters in _by_kind(stepped):
-                tensors = [(*self._addresses(parameter), parameter.numel()) for parameter in parameters]
-                scalars = step_size, correction, group["eps"], decay
-                run_kernel(_native.qadam_step, device, DTYPES.index(dtype), tensors, *scalars, torch.get_num_threads())
-
-    def _fold_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Folds gradients into momentum that no algorithm has folded: of parameters that are not in its model, or without one."""
-        decay = 0.0 if group["decoupled_weight_decay"] or self.bagua_compat else group["weight_decay"]
-        for (device, dtype), of_kind in _by_kind(parameters):
-            tensors = [
-                (gradient, momentum, address, parameter.numel())
-                for parameter in of_kind
-                for gradient, momentum, _, address in [self._addresses(parameter)]
-            ]
-            scalars = group["betas"][0], decay, torch.get_num_threads()
-            run_kernel(_native.qadam_fold, device, DTYPES.index(dtype), tensors, *scalars)
-
-    def _addresses(self, parameter: Tensor) -> tuple[int, int, int, int]:
-        """Of gradient, momentum, variance and parameter, which lie alike: kernels walk through memory, not through indices."""
-        self._complete_state(parameter)
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if gradient.stride() != parameter.stride():
-            gradient = parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        return gradient.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), parameter.data_ptr()
-
-    def _rescaling(self, parameter: Tensor, group: dict[str, Any]) -> float:
-        """Steps without a gradient do not count for a parameter, but the correction of its variance is the group's."""
-        own_steps, beta2 = _steps_of(self.state[parameter]), group["betas"][1]
-        if self.bagua_compat or own_steps in (0, group["steps"]):
-            return 1.0
-        return float((1 - beta2 ** group["steps"]) / (1 - beta2**own_steps))
-
-    @torch.no_grad()
-    def _step_with_old_momentum(self) -> None:
-        """Bagua's step T: its gradient is dropped, and the momentum of the step before is used again."""
-        for group in self.param_groups:
-            steps = group["steps"] + 1
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._complete_state(parameter)
-                    state = self.state[parameter]
-                    state["step"] += 1
-                    denominator = state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**steps) + group["eps"]
-                    parameter.addcdiv_(state["exp_avg"], denominator, value=-float(group["lr"]) / (1 - beta1**steps))
+            for (device, dtype), parameters in by_device_and_dtype(stepped).items():
+                code, num_threads = DTYPES.index(dtype), torch.get_num_threads()
+                tensors = [(*step_addresses(parameter, self.state[parameter]), parameter.numel()) for parameter in parameters]
+                # The algorithm does not fold gradients of parameters outside its model; without an algorithm, nobody does.
+                folds = [(g, m, x, n) for p, (g, m, _, x, n) in zip(parameters, tensors, strict=True) if p not in self._folded]
+                if folds:
+                    run_kernel(kernels.qadam_fold, device, code, folds, beta1, folded_decay, num_threads)
+                run_kernel(kernels.qadam_step, device, code, tensors, step_size, correction, group["eps"], decay, num_threads)
 
     def _complete_group(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        if beta1 * beta1 >= beta2:
-            raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
-        for name in ("amsgrad", "maximize"):
-            if group.get(name):
-                raise ValueError(f"QAdam does not take {name}")
-        # One that joins during warm-up counts with the others.
+        _check_group(group, self.bagua_compat)
+        # A group that joins during warm-up counts with the others.
         group.setdefault("steps", max((other.get("steps", 0) for other in self.param_groups), default=0))
         group.setdefault("frozen_step", 0)
         for name in ("warmup_steps", "bagua_compat"):
             if name in self.defaults:  # not yet while Adam's constructor runs
                 group.setdefault(name, self.defaults[name])
-
-    def _complete_state(self, parameter: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].stride() != parameter.stride():  # loaded from, or made for, another memory format
-                state[name] = torch.empty_like(parameter).copy_(state[name])
 
     def _warn_if_alone(self) -> None:
         if not self._is_attached:
@@ -378,8 +299,8 @@ class QAdam(torch.optim.Adam):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # A gradient scaler asks for it: yes means that the optimizer is told what the scaler knows, and stepped in any case. In
-        # warm-up the scaler shall unscale and skip by itself; after it, telling is how the scaler gives itself away.
+        # A gradient scaler reads it. If True, the scaler sets `found_inf` and always steps the optimizer: after warm-up, this
+        # shows that there is a scaler. In warm-up the scaler must unscale and skip by itself.
         return bool(self.param_groups) and self.phase is Phase.COMPRESSED
 
     @_step_supports_amp_scaling.setter
@@ -388,32 +309,33 @@ class QAdam(torch.optim.Adam):
 
     def _refuse_loss_scaling(self) -> None:
         if getattr(self, "found_inf", None) is not None:
-            delattr(self, "found_inf")  # by a handler of this error, perhaps, training goes on without the scaler
+            delattr(self, "found_inf")  # a handler of this error may go on training without the scaler
             raise RuntimeError(
                 "QAdam cannot go on under a gradient scaler after warm-up: the momentum that travels would be scaled by a "
                 "factor that changes. Train in bf16 or float32 (precision='bf16-mixed'), which need no scaler"
             )
 
 
+# What help() and LightningCLI show: inspect prefers the signature of __new__.
+QAdam.__new__.__signature__ = inspect.signature(QAdam.__init__)  # type: ignore[attr-defined]
+
 QAdamOptimizer = QAdam
-"""The name that Bagua gave it."""
+"""Another name of `QAdam`."""
 
 
-def _steps_of(state: dict[str, Any]) -> float:
-    return float(state["step"]) if "step" in state else 0.0
-
-
-def _largest_ratio(beta1: float, beta2: float) -> float:
-    """B, the largest |m| / sqrt(v) that Adam can reach."""
-    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
+def _check_group(group: Mapping[str, Any], bagua_compat: bool) -> None:
+    if (wanted := group.get("bagua_compat", bagua_compat)) != bagua_compat:
+        raise ValueError(
+            f"this optimizer has bagua_compat={bagua_compat}, the group or the loaded state has bagua_compat={wanted}: make the "
+            f"optimizer with QAdam(..., bagua_compat={wanted})"
+        )
+    beta1, beta2 = group["betas"]
+    if beta1 * beta1 >= beta2:
+        raise ValueError(f"QAdam needs beta1^2 < beta2, or m / sqrt(v) has no bound: got betas {beta1} and {beta2}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"QAdam does not take {name}")
 
 
 def _has_fused(parameter: Tensor) -> bool:
     return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
-
-
-def _by_kind(parameters: Iterable[Tensor]) -> Iterator[tuple[tuple[torch.device, torch.dtype], list[Tensor]]]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    return iter(kinds.items())

@@ -17,20 +17,20 @@ def bytegrad(
     average: bool = True,
     residuals: Sequence[Residuals] | None = None,
 ) -> list[Tensor]:
-    """What every rank holds as gradients, by parameter. A single rank keeps its own.
+    """Returns what every rank holds as gradients, by parameter. A single rank keeps its own.
 
     Args:
-        gradients: of each rank, of each parameter.
+        gradients: Gradients of each rank, of each parameter.
         codec: Q.
-        nodes: ranks of each node, where it is hierarchical; None is flat.
-        average: the mean; False leaves the sum.
-        residuals: of each parameter; overwritten. None for no error feedback.
+        nodes: Ranks of each node where it is hierarchical; None is flat.
+        average: Whether gradients are averaged; False leaves the sum.
+        residuals: Residuals of each parameter; overwritten. None is no error feedback.
     """
     if len(gradients) == 1:
         return list(gradients[0])
     divisor = len(gradients) if average else 1
-    of_parameters = residuals if residuals is not None else [None] * len(gradients[0])
-    by_parameter = zip(zip(*gradients, strict=True), of_parameters, strict=True)
+    all_residuals = residuals if residuals is not None else [None] * len(gradients[0])
+    by_parameter = zip(zip(*gradients, strict=True), all_residuals, strict=True)
     if nodes is None:
-        return [compressed_all_reduce(of_ranks, codec, divisor, kept) for of_ranks, kept in by_parameter]
-    return [hierarchical_all_reduce(of_ranks, nodes, codec, divisor, kept) for of_ranks, kept in by_parameter]
+        return [compressed_all_reduce(tensors, codec, divisor, kept) for tensors, kept in by_parameter]
+    return [hierarchical_all_reduce(tensors, nodes, codec, divisor, kept) for tensors, kept in by_parameter]

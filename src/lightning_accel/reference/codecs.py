@@ -1,4 +1,4 @@
-"""Q(x): what is left of values after encoding and decoding, block by block.
+"""Q(x), which encodes and decodes values block by block.
 
 Values are summed in float32 whatever the tensor's dtype, so Q maps float32 to float32; only codec `none` keeps float64. A
 tensor is cut into blocks of 512 (`int4`: 128) from its first element; its last block may be shorter.
@@ -15,21 +15,21 @@ SMALLEST_ABSMAX = 2.0**-100
 """A block whose largest magnitude is below this is a block of zeros."""
 
 NAN = torch.tensor(float("nan"))
-"""The one NaN there is; every other one, whatever its bits, becomes this."""
+"""The canonical NaN; every other one, whatever its bits, becomes this."""
 
 
 def value_dtype(codec: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of `dtype` is computed in."""
+    """Returns the dtype in which tensors of `dtype` are computed."""
     return torch.float64 if codec == "none" and dtype == torch.float64 else torch.float32
 
 
 def canonical(values: Tensor) -> Tensor:
-    """`values` with every NaN replaced by the canonical one."""
+    """Replaces every NaN by the canonical one."""
     return torch.where(values.isnan(), NAN.to(values.dtype), values)
 
 
 def quantise(values: Tensor, codec: str) -> Tensor:
-    """Q(values), one-dimensional, in `value_dtype`."""
+    """Returns Q(values), one-dimensional, in `value_dtype`."""
     if codec == "none":
         return canonical(values)
     if codec == "fp16":
@@ -44,7 +44,7 @@ def quantise(values: Tensor, codec: str) -> Tensor:
 
 
 def with_feedback(values: Tensor, residuals: Tensor, codec: str) -> tuple[Tensor, Tensor]:
-    """Q(x + e), and the new e = x + e - Q(x + e); where that is not finite, the old one. One-dimensional, float32."""
+    """Returns Q(x + e) and the new e = x + e - Q(x + e), or the old e where that is not finite. One-dimensional, float32."""
     sums = values + residuals
     results = quantise(sums, codec)
     lost = sums - results
@@ -52,7 +52,7 @@ def with_feedback(values: Tensor, residuals: Tensor, codec: str) -> tuple[Tensor
 
 
 def _quantise_blocks(blocks: Tensor, codec: str) -> Tensor:
-    """Q by rows, with the rules that these codecs share: one NaN or Inf poisons its block, and dust is zero."""
+    """Applies Q to rows, with the rules these codecs share: a NaN or Inf makes its block NaN, and tiny blocks become zeros."""
     absmax = blocks.abs().amax(1, keepdim=True)  # NaN where there is one
     if codec == "sign":
         results, size = _sign(blocks)
@@ -65,15 +65,15 @@ def _quantise_blocks(blocks: Tensor, codec: str) -> Tensor:
 
 
 def _symmetric(blocks: Tensor, absmax: Tensor, largest: float) -> Tensor:
-    """Code = round(x * (L / absmax)), x' = code * (absmax / L) for L = 127 or 7; round is half to even."""
+    """Computes code = round(x * (L / absmax)), x' = code * (absmax / L) for L = 127 or 7; halves round to even."""
     codes = torch.round(blocks * (torch.tensor(largest) / absmax)) + 0.0  # an integer has no negative zero
     return codes * (absmax / largest)
 
 
 def _sign(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Each element's sign times the mean magnitude of the groups of 32 that are not all zeros; and that mean.
+    """Returns each element's sign times the mean magnitude of the groups of 32 that are not all zeros, and that mean.
 
-    The sum is 32 partial sums, one after the other, then halves folded: one order for every machine. Terms are scaled by 2^-10.
+    32 partial sums grow group by group, then are folded in halves: the same order on every machine. Terms are scaled by 2^-10.
     """
     rows, numel = blocks.shape
     groups = -(-numel // 32)
@@ -96,9 +96,9 @@ def _sign(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minmax_uint8(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """S = 255 / range, code = clamp(round(x * s), upper - 255, upper) for upper = round(max * s), x' = code * (range / 255).
+    """Computes s = 255 / range, code = clamp(round(x * s), up - 255, up) for up = round(max * s), x' = code * (range / 255).
 
-    range = max(max - min, absmax * 2^-14), written with halves: max - min may exceed the largest float32.
+    Here range = max(max - min, absmax * 2^-14), computed from halves because max - min may exceed the largest float32.
     """
     high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
     half_range = torch.maximum(high * 0.5 - low * 0.5, absmax * 2.0**-15)

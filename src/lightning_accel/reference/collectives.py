@@ -1,4 +1,4 @@
-"""The sum of all ranks' tensors as the two-shot all_reduce computes it: flat, and by nodes."""
+"""The sum of all ranks' tensors, as the two-shot all_reduce computes it: flat and by nodes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lightning_accel.reference.codecs import canonical, quantise, value_dtype, w
 
 @dataclass
 class Residuals:
-    """What codes have lost of one parameter: of each rank's (or node's) own, and of the sum. One-dimensional, float32."""
+    """What codes have lost of one parameter: of each rank's (or node's) tensor, and of the sum. One-dimensional, float32."""
 
     workers: list[Tensor]
     server: Tensor
 
     @classmethod
     def zeros(cls, num_workers: int, numel: int) -> Residuals:
-        """Where nothing has been sent yet."""
+        """Makes the residuals before anything is sent."""
         return cls([torch.zeros(numel) for _ in range(num_workers)], torch.zeros(numel))
 
 
 def compressed_all_reduce(tensors: Sequence[Tensor], codec: str, divisor: float, residuals: Residuals | None = None) -> Tensor:
-    """Q(sum_r Q(x_r) / divisor): what every rank holds afterwards.
+    """Returns Q(sum_r Q(x_r) / divisor), which every rank holds afterwards.
 
-    With residuals d_r and e each Q codes its value plus what it lost before, and keeps what it loses:
+    With residuals d_r and e, each Q codes its value plus what it lost before, and keeps what it loses:
     q_r = Q(x_r + d_r), d_r <- x_r + d_r - q_r; y = sum_r q_r / divisor, result = Q(y + e), e <- y + e - result.
 
     Args:
-        tensors: one parameter's, of each rank; any shape, all alike.
+        tensors: Tensor of each rank for one parameter; any shape, all alike.
         codec: Q.
-        divisor: number of ranks for the mean, 1 for the sum.
-        residuals: of this parameter; overwritten. None for no error feedback.
+        divisor: Number of ranks for the mean, 1 for the sum.
+        residuals: Residuals of this parameter; overwritten. None is no error feedback.
     """
     dtype = value_dtype(codec, tensors[0].dtype)
     values = [tensor.flatten().to(dtype) for tensor in tensors]
@@ -60,16 +60,16 @@ def hierarchical_all_reduce(
     divisor: float,
     residuals: Residuals | None = None,
 ) -> Tensor:
-    """Q(sum_m Q(y_m) / divisor) with y_m = sum of x_r for r in node m; no Q where there is one node.
+    """Returns Q(sum_m Q(y_m) / divisor) with y_m = sum of x_r for r in node m; there is no Q with a single node.
 
     Args:
-        tensors: one parameter's, of each rank; any shape, all alike.
-        nodes: ranks of each node, in the order of summation.
+        tensors: Tensor of each rank for one parameter; any shape, all alike.
+        nodes: Ranks of each node, in the order of summation.
         codec: Q, between nodes.
-        divisor: number of ranks for the mean, 1 for the sum.
-        residuals: of this parameter, the workers being nodes; overwritten. None for no error feedback.
+        divisor: Number of ranks for the mean, 1 for the sum.
+        residuals: Residuals of this parameter, with nodes as workers; overwritten. None is no error feedback.
     """
-    # Sums inside a node are float32, and float64 for float64, whatever the codec makes of them after that.
+    # Sums inside a node are float32, or float64 for float64, whatever the codec computes in.
     dtype = value_dtype("none", tensors[0].dtype)
     sums = []
     for node in nodes:

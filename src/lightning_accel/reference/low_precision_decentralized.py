@@ -1,4 +1,4 @@
-"""low_precision_decentralized: three replicas of a ring's weights, kept equal by the same quantised differences everywhere."""
+"""low_precision_decentralized: three estimates of a ring's weights, kept equal everywhere by the same quantised differences."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lightning_accel.reference.weights import consensus, mean
 
 
 class LowPrecisionDecentralized:
-    """All ranks' replicas w, L and R, by parameter; L and R are those of ranks r - 1 and r + 1. Two ranks: both of the other.
+    """The estimates w, L and R of all ranks r, by parameter; L and R are of ranks r - 1 and r + 1 (of two ranks: the other).
 
     d = (x - w) + ((L - w) + (R - w)) / 3;   L += Q(d of r - 1), R += Q(d of r + 1), w += Q(d);   x = w
 
-    Arithmetic is float32, for float64 float64; Q cuts each parameter into blocks from its first element on. By nodes, parameters
-    of one arithmetic lie one behind another in a buffer, filled up to a multiple of the world size; ranks of a node have equal
-    shares of it, and blocks begin anew where a share does.
+    Arithmetic is float32, or float64 for float64; Q cuts each parameter into blocks from its first element on. By nodes, the
+    parameters of one arithmetic follow one another in a buffer, which is padded to a multiple of the world size; ranks of a node
+    have equal shares of it, and each share begins a new block.
 
     Args:
-        weights: of each parameter, equal on all ranks.
-        world_size: number of ranks.
+        weights: Weights of each parameter, equal on all ranks.
+        world_size: Number of ranks.
         codec: Q.
-        nodes: ranks of each node, where it is hierarchical: their mean is x, and the ring is one of nodes; None is flat.
+        nodes: Ranks of each node where it is hierarchical: their mean is x, and the ring is one of nodes; None is flat.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class LowPrecisionDecentralized:
         self._reset(weights)
 
     def consensus(self, weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """What every rank holds afterwards, by parameter, if they held `weights` before; replicas become that."""
+        """Returns what every rank holds after a consensus on `weights`, by parameter; the estimates become the same."""
         agreed = consensus([[_widened(tensor) for tensor in own] for own in weights], self.nodes)
         rounded = [value.to(like.dtype) for value, like in zip(agreed, weights[0], strict=True)]
         self._reset(rounded)
         return rounded
 
     def exchange(self, weights: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """What each rank holds after an exchange, by parameter, if it held `weights` before."""
+        """Returns what each rank holds after an exchange of `weights`, by parameter."""
         n = len(self.nodes)
         by_node = [
-            [mean([_widened(tensor) for tensor in of_ranks]) for of_ranks in zip(*(weights[rank] for rank in node), strict=True)]
+            [mean([_widened(tensor) for tensor in tensors]) for tensors in zip(*(weights[rank] for rank in node), strict=True)]
             for node in self.nodes
         ]
         if n > 1:
@@ -82,7 +82,7 @@ class LowPrecisionDecentralized:
 
 
 def _pieces(weights: Sequence[Tensor], shares: int, world_size: int) -> list[list[int]]:
-    """Elements of each parameter in each of the shares."""
+    """Returns the number of elements of each parameter in each of the shares."""
     pieces = []
     for tensor in weights:
         alike = [other for other in weights if _widened(other).dtype == _widened(tensor).dtype]
@@ -97,8 +97,8 @@ def _pieces(weights: Sequence[Tensor], shares: int, world_size: int) -> list[lis
     return pieces
 
 
-def _sums(replicas: Sequence[Tensor], messages: Sequence[Tensor]) -> list[Tensor]:
-    return [replica + message for replica, message in zip(replicas, messages, strict=True)]
+def _sums(estimates: Sequence[Tensor], messages: Sequence[Tensor]) -> list[Tensor]:
+    return [estimate + message for estimate, message in zip(estimates, messages, strict=True)]
 
 
 def _widened(tensor: Tensor) -> Tensor:

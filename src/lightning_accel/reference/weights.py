@@ -1,4 +1,4 @@
-"""Means of weights, of all ranks and of two, and how weights lie in flat buffers."""
+"""Means of weights, of all ranks and of two."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """(x_0 + x_1 + ...) / n, in this order, in float64 (16-bit floats: in float32), rounded once. Equal ones stay."""
+    """Returns (x_0 + x_1 + ...) / n, in this order, in float64 (float32 for 16-bit floats), rounded once. Equal weights stay."""
     total = tensors[0].to(torch.float32 if tensors[0].itemsize == 2 else torch.float64)
     for tensor in tensors[1:]:
         total = total + tensor.to(total.dtype)
     return (total / len(tensors)).to(tensors[0].dtype)
 
 
-def mean_of_two(low: Tensor, high: Tensor) -> Tensor:
-    """High - (high - low) / 2, for 16-bit floats in float32; `low` is the lower rank's. Equal ones stay."""
+def pair_mean(low: Tensor, high: Tensor) -> Tensor:
+    """Returns high - (high - low) / 2, in float32 for 16-bit floats; `low` is the lower rank's. Equal weights stay."""
     dtype = torch.float32 if low.itemsize == 2 else low.dtype
     return (high.to(dtype) - (high.to(dtype) - low.to(dtype)) * 0.5).to(low.dtype)
 
 
 def consensus(weights: Sequence[Sequence[Tensor]], nodes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
-    """What every rank holds afterwards, by tensor: the mean; by nodes, the mean of the nodes' means. Integers: rank 0's.
+    """Returns what every rank holds afterwards, by tensor: the mean, or the mean of the nodes' means. Integers are rank 0's.
 
     Args:
-        weights: of each rank, of each tensor.
-        nodes: ranks of each node, where it is hierarchical; None is flat.
+        weights: Weights of each rank, of each tensor.
+        nodes: Ranks of each node where it is hierarchical; None is flat.
     """
     nodes = nodes if nodes is not None else [[rank] for rank in range(len(weights))]
     results = []
-    for of_ranks in zip(*weights, strict=True):
-        if of_ranks[0].is_floating_point():
-            results.append(mean([mean([of_ranks[rank] for rank in node]) for node in nodes]))
+    for tensors in zip(*weights, strict=True):
+        if tensors[0].is_floating_point():
+            results.append(mean([mean([tensors[rank] for rank in node]) for node in nodes]))
         else:
-            results.append(of_ranks[0])
+            results.append(tensors[0])
     return results

@@ -1,1 +1,1 @@
-"""Lightning glue: hooks of a strategy, no maths. `mixin` has all of it, the roots give it a base class."""
+"""Lightning glue: hooks of a strategy, no maths. `trainer` and `fabric` hold all of it, the four roots add a base class."""

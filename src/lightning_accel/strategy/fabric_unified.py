@@ -3,8 +3,10 @@
 
 from lightning.fabric.strategies.ddp import DDPStrategy
 
-from lightning_accel.strategy.fabric import FabricAccelMixin
+from lightning_accel.strategy.fabric import FabricStrategy
+from lightning_accel.strategy.options import show_keywords
 
 
-class AccelStrategy(FabricAccelMixin, DDPStrategy):  # noqa: D101 - the mixin's is shown
-    __doc__ = FabricAccelMixin.__doc__
+@show_keywords
+class AccelStrategy(FabricStrategy, DDPStrategy):
+    """Joins `FabricStrategy` to the DDPStrategy of `lightning.fabric`; `help` shows the former's docstring and all keywords."""

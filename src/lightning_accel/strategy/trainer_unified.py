@@ -3,8 +3,10 @@
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_accel.strategy.trainer import AccelMixin
+from lightning_accel.strategy.options import show_keywords
+from lightning_accel.strategy.trainer import TrainerStrategy
 
 
-class AccelStrategy(AccelMixin, DDPStrategy):  # noqa: D101 - the mixin's is shown
-    __doc__ = AccelMixin.__doc__
+@show_keywords
+class AccelStrategy(TrainerStrategy, DDPStrategy):
+    """Joins `TrainerStrategy` to the DDPStrategy of `lightning.pytorch`; `help` shows the former's docstring and all keywords."""

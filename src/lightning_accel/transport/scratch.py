@@ -1,4 +1,4 @@
-"""Memory that procedures keep."""
+"""Memory that collectives keep from call to call."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 
 
 class Scratch:
-    """Memory that procedures keep: it grows to what was asked for and stays until `clear`.
+    """Memory that grows to what was asked for and stays until `clear`.
 
-    One procedure at a time may use it, on a GPU one stream; what is started is not over.
+    One collective at a time may use it, on a GPU one stream; one that was started and not waited for still does.
     """
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def bytes(self, name: str, numel: int, device: torch.device) -> torch.Tensor:
-        """`numel` bytes called `name`, with whatever they held."""
+        """Returns `numel` bytes called `name`, with whatever they held."""
         return self._get(name, numel, device, pinned=False)
 
     def pinned(self, name: str, numel: int) -> torch.Tensor:
-        """`numel` bytes of pinned host memory."""
+        """Returns `numel` bytes of pinned host memory."""
         return self._get(f"pinned {name}", numel, torch.device("cpu"), pinned=True)
 
     def values(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """`numel` elements of `dtype`, with whatever they held."""
+        """Returns `numel` elements of `dtype`, with whatever they held."""
         return self.bytes(name, numel * dtype.itemsize, device).view(dtype)
 
     def clear(self, streams: Iterable[torch.cuda.Stream] = ()) -> None:

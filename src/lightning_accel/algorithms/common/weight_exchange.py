@@ -9,6 +9,7 @@ import torch
 
 from lightning_accel.algorithms.base import BoundAlgorithm, Context
 from lightning_accel.algorithms.common.flat_weights import FlatWeights
+from lightning_accel.background.comm_queue import Step
 from lightning_accel.collectives import weight_means
 from lightning_accel.native import DTYPES
 from lightning_accel.transport.group import Group
@@ -149,7 +150,7 @@ class WeightExchange(BoundAlgorithm):
         return procedure
 
     def _submit(self, label: str, buffer: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
-        return self.communicator.submit(label, buffer, (self._queue, procedure), is_gradient=False)
+        return self.communicator.submit(label, buffer, Step("exchange", self._queue, procedure), is_gradient=False)
 
     def _wait(self) -> None:
         """Waits for what was started; what follows comes after, on a GPU's current stream too."""

@@ -1,0 +1,98 @@
+"""Takes gradients from DDP's backward, bucket by bucket, to an algorithm.
+
+This module must not postpone annotations: DDP refuses hooks whose annotations are strings.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_accel.algorithms.base import BoundAlgorithm, GradBucket
+from lightning_accel.data_parallel.ddp_process_group import AllReduceInterceptor
+
+
+class DDPHook:
+    """Hands the buckets of a DDP instance to an algorithm, and waits for them at the end of each backward.
+
+    If the algorithm `lets_ddp_divide`, DDP's reducer gets an `AllReduceInterceptor` in place of its process group; else DDP gets
+    a communication hook, which it keeps for life. DDP holds this object weakly, so that it keeps no threads and groups alive.
+
+    Args:
+        ddp: DDP instance without a communication hook.
+        algorithm: Receiver of the buckets.
+        on_backward: Function to call when a backward hands over its first bucket.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, algorithm: BoundAlgorithm, on_backward: Callable[[], None]) -> None:
+        self._algorithm = algorithm
+        self._on_backward = on_backward
+        self._buckets = 0
+        """Number of buckets that the current backward has handed over; 0 outside a backward."""
+        self._is_attached = True
+        self._end_interception: Callable[[], Any] | None = None
+        if algorithm.lets_ddp_divide:
+            self._intercept(ddp)
+        else:
+            ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
+
+    def before_forward(self, ddp: DistributedDataParallel) -> None:
+        """Refuses a hook in the algorithm's place, and forgets the buckets of a backward that failed."""
+        if self._end_interception is not None and ddp._comm_hooks:
+            raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
+        self._buckets = 0
+
+    def detach(self) -> None:
+        """Leaves gradients to DDP if the algorithm let it divide; else they stay local, as DDP keeps its hook."""
+        self._is_attached = False
+        if self._end_interception is not None:
+            self._end_interception()
+
+    def _intercept(self, ddp: DistributedDataParallel) -> None:
+        if ddp._comm_hooks:
+            raise RuntimeError("the DDP instance has a communication hook already; attach the algorithm to one without")
+        reference = weakref.ref(self)
+
+        def all_reduce(divided: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+            hook = reference()
+            assert hook is not None
+            return hook._start(f"bucket {hook._buckets}", divided, partial(hook._algorithm.all_reduce, divided))
+
+        # The reducer holds the group's C++ half only; the Python half must not go before it.
+        self._interceptor = AllReduceInterceptor(ddp.process_group, all_reduce)
+        ddp.reducer._update_process_group(self._interceptor)
+        end_interception = weakref.finalize(self, ddp.reducer._update_process_group, ddp.process_group)
+        end_interception.atexit = False
+        self._end_interception = end_interception
+
+    def _start(
+        self, label: str, tensor: torch.Tensor, start: Callable[[str], torch.futures.Future[torch.Tensor]]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Starts to reduce a bucket; if that fails the future delivers `tensor` as it is, and the wait raises the error."""
+        self._buckets += 1
+        if self._buckets == 1:
+            self._on_backward()
+            # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
+            # works, and from where an error reaches the training thread as it is.
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        try:
+            return start(label)
+        except Exception as error:
+            return self._algorithm.communicator.fail(error, label, tensor)
+
+    def _after_backward(self) -> None:
+        self._buckets = 0
+        self._algorithm.communicator.wait()
+
+
+def _reduce_bucket(reference: Callable[[], DDPHook | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Reduces a bucket for DDP, which asks that the second parameter is named `bucket`."""
+    hook = reference()
+    if hook is None or not hook._is_attached:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+    return hook._start(f"bucket {bucket.index()}", bucket.buffer(), partial(hook._algorithm.reduce_gradients, bucket))
