@@ -31,7 +31,7 @@ void check_wire(const Plan& plan, uintptr_t address, int64_t bytes, const char* 
               "the " << name << " must lie at a multiple of " << kWireAlignment << " bytes, got address " << address);
 }
 
-// Both or none; 0 is none.
+// Makes residuals of two addresses; both are 0 where there are none.
 Residuals residuals_at(const Plan& plan, uintptr_t old, uintptr_t updated, int64_t numel) {
   ACCEL_CHECK((old == 0) == (updated == 0), "residuals need both memories, the old ones and the updated ones");
   ACCEL_CHECK(old == 0 || numel >= plan.residual_numel(),

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace accel {
 namespace {
 
-// Old and updated residuals, and how many: 0 is none.
+// Addresses of old and updated residuals, both 0 where there are none, and their number of elements.
 using ResidualsAt = std::tuple<uintptr_t, uintptr_t, int64_t>;
 
 Residuals residuals_at(const Plan& plan, const ResidualsAt& at, const char* name) {

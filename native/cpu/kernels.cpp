@@ -18,7 +18,7 @@ constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 template <class Codec>
 constexpr bool kIsPacked = Codec::kCodeBits < 8;
 
-// Here a block is what one scale covers. The codes of a packed block are bytes with several elements each.
+// In this file a block is a scale group, the elements that share a scale. Bytes of a packed block hold several elements each.
 template <class Codec>
 struct BlockView {
   const typename Codec::Header* header;
@@ -35,7 +35,7 @@ ACCEL_INLINE BlockView<Codec> block_view(const Segment& segment, int64_t block, 
   return view;
 }
 
-// numel is kScaleNumel, known to the compiler, for all blocks but a segment's last.
+// Calls body(segment, block, numel); numel is kScaleNumel, known to the compiler, for all blocks but a segment's last.
 template <class Codec, class Body>
 ACCEL_INLINE void for_each_block(const Plan& plan, Body body) {
   for (const Segment& segment : plan.segments()) {
@@ -150,7 +150,7 @@ __attribute__((noinline)) void encode_full_blocks(const Segment& segment, const 
   }
 }
 
-// A block whose values are at hand.
+// Encodes a block whose values have been loaded.
 template <class Codec>
 __attribute__((noinline)) void encode_values(const typename Codec::Value* values, int numel, BlockView<Codec> out) {
   if constexpr (std::is_same_v<Codec, Sign>) {

@@ -41,7 +41,7 @@ extern const QAdamKernels qadam_kernels;
 extern const WeightKernels weight_kernels;
 }  // namespace avx512
 
-// Those in use.
+// The kernels in use.
 const Kernels& kernels();
 const QAdamKernels& qadam_kernels();
 const WeightKernels& weight_kernels();

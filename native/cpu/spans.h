@@ -108,7 +108,7 @@ constexpr bool kCanStream = true;
     _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(static_cast<const __m128i*>(source) + i));
   }
 }
-// Before whoever sends the streamed bytes is told that they are there.
+// Call this before streamed bytes are handed to whoever sends them.
 ACCEL_INLINE void finish_streams() { _mm_sfence(); }
 #else
 constexpr bool kCanStream = false;

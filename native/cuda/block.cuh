@@ -77,7 +77,7 @@ __device__ __forceinline__ void with_block(const Blocks& blocks, int64_t i, Body
   body(segment, block, block_numel(segment.numel, block));
 }
 
-// ... for this warp's blocks.
+// Calls body(segment, block, numel) for this warp's share of the plan's blocks.
 template <class Body>
 __device__ __forceinline__ void for_each_block(const Blocks& blocks, Body body) {
   for_each_index(blocks.count, [&](int64_t i) { with_block(blocks, i, body); });
@@ -287,8 +287,8 @@ struct Coded {
     cuda::store<kWidth>(reinterpret_cast<typename Codec::Code*>(wire + at.codes), numel, codes);
   }
 
-  // Of this lane's i-th element. Poisoned blocks need no branch, which would put the codes' loads behind the header's: their
-  // scale is NaN, and so is every product with it.
+  // Value of this lane's i-th element. Poisoned blocks need no branch, because their scale is NaN and so is every product with
+  // it. A branch would delay the loads of the codes until the header is there.
   __device__ __forceinline__ Value value(int i) const {
     using Code = typename Codec::Code;
     if constexpr (std::is_integral<Code>::value) {

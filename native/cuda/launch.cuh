@@ -13,10 +13,10 @@
 namespace accel::cuda {
 namespace {
 
-// At most: several times what fits, so that the last round leaves few multiprocessors idle.
+// Upper limit, several times what fits at once, so that the last round leaves few multiprocessors idle.
 constexpr int kThreadBlocksPerMultiprocessor = 64;
 
-// Enqueues kernel(arguments...) with so many thread blocks; nothing for none.
+// Enqueues kernel(arguments...) with `thread_blocks` thread blocks; enqueues nothing if that is 0.
 template <class... Parameters, class... Arguments>
 void launch_thread_blocks(void (*kernel)(Parameters...), int64_t thread_blocks, void* stream, const Arguments&... arguments) {
   if (thread_blocks == 0) {
@@ -29,7 +29,7 @@ void launch_thread_blocks(void (*kernel)(Parameters...), int64_t thread_blocks, 
   ACCEL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// ... with those for so many blocks of elements.
+// Enqueues kernel(arguments...) with thread blocks for `num_blocks` blocks of elements.
 template <class... Parameters, class... Arguments>
 void launch_blocks(void (*kernel)(Parameters...), int64_t num_blocks, void* stream, const Arguments&... arguments) {
   int device = 0;

@@ -16,7 +16,7 @@
 namespace accel::cuda {
 namespace {
 
-// ---- Widths: of the widest operand, vectors
+// ---- Widths, which make vectors of the widest operand
 
 template <class Codec, class Item>
 constexpr int kDecodeWidth = kVectorBytes / std::max(sizeof(Item), sizeof(typename Codec::Code));

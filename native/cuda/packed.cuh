@@ -35,7 +35,7 @@ struct Coded<Int4, kWidth> {
     }
   }
 
-  // Each lane computes the grids of its scales, of each scale the first lane writes the header.
+  // Each lane computes the grids of its scales; the first lane of each scale writes its header.
   __device__ __forceinline__ void encode(const float (&values)[kLaneNumel], int numel) {
 #pragma unroll
     for (int scale = 0; scale < kScales; ++scale) {
@@ -68,7 +68,7 @@ struct Coded<Int4, kWidth> {
     if constexpr (kWidth != kGuarded) {
       cuda::store<kWidth / 2>(codes, numel, pairs);
     } else {
-      // Neighbours are in neighbouring lanes: the even one writes both. What is behind the block's end was coded as 0.
+      // Neighbours are in neighbouring lanes: the even lane writes both. Elements behind the block's end were coded as 0.
       uint64_t mine;
       memcpy(&mine, pairs, sizeof mine);
       const uint64_t others = shuffle_xor(mine, 1);
@@ -90,12 +90,12 @@ struct Coded<Int4, kWidth> {
   }
 
  private:
-  // Of a pair the first code is put first.
+  // The first code of a pair must be put first.
   __device__ __forceinline__ void put_code(int i, int code) {
     const uint32_t nibble = static_cast<uint32_t>(code) & 0xFu;
     pairs[i / 2] = static_cast<uint8_t>(i % 2 == 0 ? nibble : pairs[i / 2] | nibble << 4);
   }
-  // Which of the block's scales it is follows from the first of its elements; the last ones of a short block do not exist.
+  // The first element of a scale tells which of the block's scales it is; a short block lacks the last ones.
   __device__ __forceinline__ static bool has_scale(int scale, int numel) {
     return kWidth != kGuarded || scale * Int4::kScaleNumel < numel;
   }

@@ -8,7 +8,7 @@ namespace {
 
 #if defined(__CUDACC__)
 
-// What this thread wrote or saw before is seen by whoever reads the word by load_acquire, on any processor.
+// Whoever reads the word by load_acquire, on any processor, sees what this thread wrote or saw before.
 __device__ __forceinline__ void store_release(uint32_t* word, uint32_t value) {
   asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
   return value;
 }
 
-// Since some moment; steps of about a microsecond.
+// Time since an arbitrary moment, in steps of about a microsecond.
 __device__ __forceinline__ uint64_t nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));

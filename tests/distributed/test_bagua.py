@@ -62,10 +62,10 @@ def test_constructors_are_baguas(name):
     options = {} if name != "qadam" else {"q_adam_optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}
     made = bagua.algorithms.Algorithm.init(name, **options)
     assert type(made) is cls
-    assert made.made.name == name
+    assert made.accel_algorithm.name == name
     if name != "async":
-        assert made.made.hierarchical == (False if name == "gradient_allreduce" else "auto")
-        assert cls(**options, hierarchical=False).made.hierarchical is False
+        assert made.accel_algorithm.hierarchical == (False if name == "gradient_allreduce" else "auto")
+        assert cls(**options, hierarchical=False).accel_algorithm.hierarchical is False
 
 
 def test_wrong_algorithms_are_refused():

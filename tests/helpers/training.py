@@ -92,6 +92,7 @@ class Training:
     @property
     def scratch_bytes(self) -> int:
         """Bytes that the queues and buckets hold for what is under way."""
-        if (reducer := getattr(self.replica.algorithm, "reducer", None)) is not None:
+        reducer = getattr(self.replica.algorithm, "reducer", None)
+        if reducer is not None:
             return reducer.pipeline.allocated_bytes
         return sum(queue.scratch.allocated_bytes for queue in self.replica.communicator.queues)

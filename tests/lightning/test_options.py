@@ -113,6 +113,8 @@ def test_the_nearest_word_comes_first(strategy: Any, patient: type[Patient]) -> 
 
 def _cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    # A process makes a class's parser once; here an algorithm has joined since.
+    monkeypatch.setattr("jsonargparse._typehints._cached_class_parsers", {}, raising=False)
     given = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false", *arguments]
     return LightningCLI(Net, run=False, args=given, seed_everything_default=False, save_config_callback=None)
 

@@ -1,10 +1,10 @@
-// int8 and int4: symmetric, one scale for a run of elements.
+// int8 and int4: symmetric, one scale for each group of kScaleNumel elements.
 //
 //   scale = absmax / L,  code = round_half_even(x * (L / absmax)),  x' = code * scale        L = 127 or 7
 //
 // No clamp is needed: |x| * (L / absmax) <= L (1 + 2^-24)^2 < L + 1/2. |x' - x| <= scale/2 (1 + 2^-16).
-// A run with absmax < 2^-100 is a run of zeros (L / absmax would overflow soon below).
-// A run with NaN or Inf has the canonical NaN as scale and codes 0, and decodes to the canonical NaN throughout.
+// A scale group with absmax < 2^-100 is coded as zeros (L / absmax would overflow soon below).
+// A scale group with NaN or Inf has the canonical NaN as scale and codes 0, and decodes to the canonical NaN throughout.
 #pragma once
 
 #include "lightning_accel/numeric.h"
@@ -19,7 +19,7 @@ struct Symmetric {
   static constexpr int kScaleNumel = kNumel;
   static constexpr int kCodeBits = kBits;
 
-  // On the wire, once a scale.
+  // On the wire once per scale group.
   struct Header {
     float scale;
   };
@@ -37,7 +37,7 @@ struct Symmetric {
     }
   };
 
-  // How a run is encoded; `is_blank`: all its codes are 0.
+  // How a scale group is encoded; `is_blank`: all its codes are 0.
   struct Grid {
     Header header;
     bool is_blank;

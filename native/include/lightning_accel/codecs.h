@@ -1,8 +1,8 @@
 // The four operations on messages. The CPU's and the GPU's write the same bytes.
 //
 // Tensors hold plan.dtype(); `accumulator` holds float, or double where codec `none` meets float64. Pointers to tensors need the
-// alignment of their element only, pointers to messages 16 bytes. Buffers must not overlap, but where it is said. All functions
-// are reentrant.
+// alignment of their element only, pointers to messages 16 bytes. Buffers must not overlap unless a function allows it. All
+// functions are reentrant.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Messages {
 //
 //   v = x + old,  wire = code of v,  updated = v - value of wire
 //
-// Where v - value of wire is not finite, in a poisoned run of elements above all, updated = old. Both hold float, may be the same
+// Where v - value of wire is not finite, above all in a poisoned scale group, updated = old. Both hold float, may be the same
 // memory, and are indexed by the segments' residual offsets. Without error feedback both are null.
 struct Residuals {
   const float* old = nullptr;

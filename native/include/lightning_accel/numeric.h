@@ -29,7 +29,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-constexpr int kBlockNumel = 512;  // elements: the unit of ownership (src/lightning_accel/layout.py); whole runs of every scale
+constexpr int kBlockNumel = 512;  // elements: the unit of ownership (compression/block_layout.py); whole scale groups
 constexpr float kSmallestScaled = 0x1p-100f;  // smaller values are coded as zeros: a reciprocal would overflow soon below
 
 constexpr uint32_t kCanonicalNaNBits = 0x7FC00000u;  // the one NaN that is ever sent or decoded

@@ -1,6 +1,6 @@
 // A two-shot all_reduce by one kernel a rank, over memory that ranks on one machine map into each other's address space.
 //
-// The same equations as by messages (collectives.py), so the same bytes: each rank
+// The equations are those of the all_reduce by messages (collectives/two_shot.py), and so are the bytes: each rank
 //
 //   1. encodes every rank's blocks into its own memory,
 //   2. waits until all have,

@@ -1,7 +1,7 @@
 // Arithmetic on weights that replicas exchange, element by element. The CPU's and the GPU's give the same bits; every NaN becomes
 // the canonical one, for machines make different ones.
 //
-// Pointers need the alignment of their element only. Buffers must not overlap, but where it is said.
+// Pointers need the alignment of their element only. Buffers must not overlap unless a function allows it.
 #pragma once
 
 #include <cstdint>

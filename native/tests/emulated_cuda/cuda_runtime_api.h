@@ -43,11 +43,11 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool is_done;
-  int meetings;  // of its warp, how many it has been in
+  int meetings;  // how many meetings of its warp it has been in
 };
 
 struct Meeting {
-  int place;  // says which kind of meeting it is
+  int place;  // kind of meeting
   uint32_t brought[kLanes];
 };
 
@@ -56,10 +56,10 @@ struct Warp {
 };
 
 struct Barrier {
-  int passed;   // how often all have been there
-  int arrived;  // this time
+  int passed;   // how often all threads have passed
+  int arrived;  // threads that wait now
   bool all_true;
-  bool result;  // of the last time
+  bool result;  // of the last passage
 };
 
 struct ThreadBlock {
@@ -84,7 +84,7 @@ inline void require(bool condition, const char* what) {
 
 inline void yield() { swapcontext(&block.threads[block.current].context, &block.scheduler); }
 
-// What all lanes bring to this meeting.
+// Returns what all lanes bring to this meeting.
 inline const uint32_t* meet(unsigned lanes, int place, uint32_t mine) {
   require(lanes == 0xFFFFFFFFu, "a shuffle or vote is not of the whole warp");
   Thread& thread = block.threads[block.current];
@@ -96,7 +96,7 @@ inline const uint32_t* meet(unsigned lanes, int place, uint32_t mine) {
   return meeting.brought;
 }
 
-// Whether all threads of the thread block have brought true.
+// Tells whether all threads of the thread block have brought true.
 inline bool meet_all(bool mine) {
   Barrier& barrier = block.barrier;
   const int passed = barrier.passed;

@@ -1,8 +1,8 @@
 """Bagua's communication functions over torch.distributed: synchronous, on the CPU and on GPUs.
 
-All but `send` and `recv` are collective: all ranks of `comm` call them in the same order. `comm` is a torch process group, None
-the default one; `src` and `dst` are ranks in it. Tensors are contiguous; where one is cut in parts, the parts are equal and in
-rank order.
+All except `send` and `recv` are collective: all ranks of `comm` call them in the same order. `comm` is a torch process group,
+None is the default one; `src` and `dst` are ranks in it. Tensors are contiguous; the parts of a tensor are equal and in rank
+order.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def init_process_group(store: Store | None = None, rank: int = -1, world_size: i
     The backend is nccl where there is a CUDA device, else gloo. There is no tuning service, and nothing listens.
 
     Args:
-        store: where ranks meet; None asks the launcher's variables (see `lightning_accel.init_process_group`).
-        rank: of this process; needed with a store, as the next two.
-        world_size: number of processes.
-        local_world_size: number of processes on this node, equal on all; the local rank is `rank % local_world_size`.
+        store: Store in which ranks meet; None reads the launcher's variables (see `lightning_accel.init_process_group`).
+        rank: Rank of this process; needed with a store, like the next two.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this node, equal on all; the local rank is `rank % local_world_size`.
 
     Raises:
-        ValueError: for a store without the others, or missing variables.
+        ValueError: If a store is given without the others, or variables are missing.
     """
     if ignored := [name for name in _TUNING if variable(name) not in (None, "0", "-1")]:
         _log.warning("%s: set, but there is no tuning service and no Bagua-Net here; see docs/migrate.md", ", ".join(ignored))
@@ -54,23 +54,23 @@ def init_process_group(store: Store | None = None, rank: int = -1, world_size: i
 
 
 def is_initialized() -> bool:
-    """Whether there is a default group."""
+    """Tells whether there is a default group."""
     return dist.is_initialized()
 
 
 def new_group(ranks: list[int] | None = None, stream: object = None) -> ProcessGroup:
-    """A group of some ranks, None means all. Collective over all ranks, members or not.
+    """Makes a group of some ranks. Collective over all ranks, members or not.
 
     Args:
-        ranks: of the default group; sorted, as Bagua does.
-        stream: not used: each backend has streams of its own.
+        ranks: Ranks of the default group, which are sorted, as Bagua does; None means all.
+        stream: Unused argument: each backend has streams of its own.
     """
     group: ProcessGroup = dist.new_group(None if ranks is None else sorted(ranks))
     return group
 
 
 def from_torch_group(group: ProcessGroup, stream: object = None) -> ProcessGroup:
-    """The group itself: groups are torch's here."""
+    """Returns the group itself, because groups are torch's here."""
     return group
 
 
@@ -85,18 +85,18 @@ def recv(tensor: torch.Tensor, src: int, comm: ProcessGroup | None = None) -> No
 
 
 def broadcast(tensor: torch.Tensor, src: int = 0, comm: ProcessGroup | None = None) -> None:
-    """Overwrites a tensor with that of `src`."""
+    """Overwrites a tensor with the one of `src`."""
     dist.broadcast(tensor, group=comm, group_src=src)
 
 
 def broadcast_coalesced(tensors: Sequence[torch.Tensor], src: int = 0, comm: ProcessGroup | None = None) -> None:
-    """Overwrites tensors with those of `src`."""
+    """Overwrites tensors with the ones of `src`."""
     for tensor in tensors:
         broadcast(tensor, src, comm)
 
 
 def broadcast_object(obj: object, src: int = 0, comm: ProcessGroup | None = None) -> object:
-    """The object of `src`; pickled, so among trusted processes only."""
+    """Returns the object of `src`, which is pickled: use it among trusted processes only."""
     objects = [obj]
     dist.broadcast_object_list(objects, group=comm, group_src=src)
     return objects[0]
@@ -119,7 +119,7 @@ def reduce(
 def reduce_inplace(
     tensor: torch.Tensor, dst: int, op: ReduceOp.RedOpType = ReduceOp.SUM, comm: ProcessGroup | None = None
 ) -> None:
-    """As `reduce`, into the tensor that is sent."""
+    """Reduces as `reduce` does, into the tensor that is sent."""
     reduce(tensor, tensor, dst, op, comm)
 
 
@@ -153,7 +153,7 @@ def allgather(send_tensor: torch.Tensor, recv_tensor: torch.Tensor, comm: Proces
 
 
 def allgather_inplace(tensor: torch.Tensor, comm: ProcessGroup | None = None) -> None:
-    """Overwrites each part of a tensor with that of the rank whose part it is."""
+    """Overwrites each part of a tensor with the one of the rank it belongs to."""
     allgather(_parts(tensor, comm)[dist.get_rank(comm)].clone(), tensor, comm)
 
 
@@ -164,7 +164,7 @@ def gather(send_tensor: torch.Tensor, recv_tensor: torch.Tensor, dst: int, comm:
 
 
 def gather_inplace(tensor: torch.Tensor, count: int, dst: int, comm: ProcessGroup | None = None) -> None:
-    """As `gather`, into the tensor of `dst`, which holds a part for each rank; the others' are one part of `count` elements."""
+    """Gathers into the tensor of `dst`, which holds a part for each rank; other tensors are one part of `count` elements."""
     rank = dist.get_rank(comm)
     own = _parts(tensor, comm)[rank].clone() if rank == dst else tensor.view(-1)
     _check_count(own, count)
@@ -178,7 +178,7 @@ def scatter(send_tensor: torch.Tensor, recv_tensor: torch.Tensor, src: int, comm
 
 
 def scatter_inplace(tensor: torch.Tensor, count: int, src: int, comm: ProcessGroup | None = None) -> None:
-    """As `scatter`, from the tensor of `src`, which stays; the others' are one part of `count` elements."""
+    """Scatters the tensor of `src`, which does not change; other tensors are one part of `count` elements."""
     rank = dist.get_rank(comm)
     own = _parts(tensor, comm)[rank].clone() if rank == src else tensor.view(-1)
     _check_count(own, count)
@@ -196,7 +196,7 @@ def reduce_scatter(
 
 
 def reduce_scatter_inplace(tensor: torch.Tensor, op: ReduceOp.RedOpType = ReduceOp.SUM, comm: ProcessGroup | None = None) -> None:
-    """As `reduce_scatter`, into the first part of the tensor that is sent."""
+    """Reduces as `reduce_scatter` does, into the first part of the tensor that is sent."""
     first = _parts(tensor, comm)[0]
     received = torch.empty_like(first)
     reduce_scatter(tensor, received, op, comm)
@@ -204,13 +204,13 @@ def reduce_scatter_inplace(tensor: torch.Tensor, op: ReduceOp.RedOpType = Reduce
 
 
 def alltoall(send_tensor: torch.Tensor, recv_tensor: torch.Tensor, comm: ProcessGroup | None = None) -> None:
-    """Sends each rank its part of `send_tensor`, and overwrites `recv_tensor` with the parts that come."""
+    """Sends each rank its part of `send_tensor`, and overwrites `recv_tensor` with the received parts."""
     _parts(send_tensor, comm)
     dist.all_to_all_single(recv_tensor.view(-1), send_tensor.view(-1), group=comm)
 
 
 def alltoall_inplace(tensor: torch.Tensor, comm: ProcessGroup | None = None) -> None:
-    """As `alltoall`, into the tensor that is sent."""
+    """Exchanges parts as `alltoall` does, into the tensor that is sent."""
     alltoall(tensor.clone(), tensor, comm)
 
 
@@ -223,7 +223,7 @@ def alltoall_v(
     recv_displs: Sequence[int],
     comm: ProcessGroup | None = None,
 ) -> None:
-    """As `alltoall`, with a part of `count` elements from place `displ` on, for each rank its own."""
+    """Exchanges parts as `alltoall` does; each rank's part has its own count of elements and first element (`displs`)."""
     counts = [int(count) for count in recv_counts]
     sent = torch.cat(_cut(send_tensor, send_counts, send_displs))
     received = recv_tensor.new_empty(sum(counts))
@@ -235,17 +235,17 @@ def alltoall_v(
 def alltoall_v_inplace(
     tensor: torch.Tensor, counts: Sequence[int], displs: Sequence[int], comm: ProcessGroup | None = None
 ) -> None:
-    """As `alltoall_v`, into the places that are sent: what goes to a rank and what comes from it have the same size."""
+    """Exchanges parts as `alltoall_v` does, into the places that are sent: parts to and from a rank have the same size."""
     alltoall_v(tensor, counts, displs, tensor, counts, displs, comm)
 
 
 def barrier(comm: ProcessGroup | None = None) -> None:
-    """Waits until all ranks have come here."""
+    """Waits until all ranks have called it."""
     dist.barrier(comm)
 
 
 def _parts(tensor: torch.Tensor, comm: ProcessGroup | None) -> list[torch.Tensor]:
-    """A view of each rank's part."""
+    """Returns a view of each rank's part."""
     ranks = dist.get_world_size(comm)
     if tensor.numel() % ranks:
         raise ValueError(f"the tensor must have a part of equal size for each of {ranks} ranks: got {tensor.numel()} elements")

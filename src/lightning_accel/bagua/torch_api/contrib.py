@@ -1,4 +1,4 @@
-"""What scripts use of Bagua's contrib: samplers that give all ranks batches of similar work."""
+"""Bagua's contrib, as far as scripts use it: samplers that give all ranks batches of similar work."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def __getattr__(name: str) -> Any:
 
 
 class LoadBalancingDistributedSampler(Sampler[int]):
-    """Gives ranks, at the same time, samples that cost about as much; the order is Bagua's, seed by seed.
+    """Gives all ranks samples of similar cost at the same time; for each seed the order is Bagua's.
 
-    Samples are sorted by complexity and cut in chunks, one sample a rank; with `shuffle` chunks come in a new order each epoch.
+    Samples are sorted by complexity and cut into chunks of one sample per rank; `shuffle` reorders the chunks in each epoch.
 
     Args:
-        dataset: with a length; each sample is looked at once.
-        complexity_fn: a sample's complexity, such as its length.
-        num_replicas: number of ranks; None takes the default group's.
-        rank: of this process; None takes the default group's.
-        shuffle: whether each epoch has an order of its own; call `set_epoch` before it.
-        seed: of the order; the same on all ranks.
-        drop_last: whether the most complex samples, which do not fill a chunk, are left out; else the least complex are repeated.
-        random_level: from 0, the best balance, to 1: how much noise is added to complexities, in parts of their range.
+        dataset: Dataset with a length; each sample is read once.
+        complexity_fn: Function that returns a sample's complexity, such as its length.
+        num_replicas: Number of ranks; None takes the default group's.
+        rank: Rank of this process; None takes the default group's.
+        shuffle: Whether each epoch has an order of its own; call `set_epoch` before it.
+        seed: Seed of the order; the same on all ranks.
+        drop_last: Whether the most complex samples, which do not fill a chunk, are left out; else the least complex are repeated.
+        random_level: Noise added to complexities, as a fraction of their range: from 0, the best balance, to 1.
 
     Raises:
-        ValueError: for a rank or a random_level out of range.
+        ValueError: If the rank or random_level is out of range.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LoadBalancingDistributedSampler(Sampler[int]):
         self.num_samples = numel // self.num_replicas if drop_last else -(-numel // self.num_replicas)
 
     def chunks(self) -> list[list[int]]:
-        """This epoch's chunks of samples: the sample of rank r is at place r."""
+        """Returns this epoch's chunks of samples, each in rank order."""
         complexities = self._complexities
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.shuffle:
@@ -92,20 +92,20 @@ class LoadBalancingDistributedSampler(Sampler[int]):
         return self.num_samples
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the order of an epoch."""
+        """Selects the order of an epoch."""
         self.epoch = epoch
 
 
 class LoadBalancingDistributedBatchSampler(Sampler[list[int]]):
-    """Batches of different sizes, equally many on all ranks.
+    """Gives batches of different sizes, equally many on all ranks.
 
     Args:
-        sampler: gives the samples; its drop_last must be False.
-        batch_fn: cuts a list of samples into batches; called for every rank's list, and gives the same on all ranks.
-        drop_last: whether all ranks end with the one that has the fewest batches; else ranks with fewer repeat theirs.
+        sampler: Sampler of the samples; its drop_last must be False.
+        batch_fn: Function that cuts a list of samples into batches; called with every rank's list, and the same on all ranks.
+        drop_last: Whether all ranks end with the one that has the fewest batches; else ranks with fewer repeat theirs.
 
     Raises:
-        ValueError: for another sampler, one with drop_last, or a rank without a batch.
+        ValueError: If the sampler is another one or has drop_last, or a rank has no batch.
     """
 
     def __init__(
@@ -128,15 +128,15 @@ class LoadBalancingDistributedBatchSampler(Sampler[list[int]]):
         return len(self._batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the order of an epoch."""
+        """Selects the order of an epoch."""
         self.sampler.set_epoch(epoch)
         self._batches = self._cut()
 
     def _cut(self) -> list[list[int]]:
         chunks = self.sampler.chunks()
-        of_ranks = [self.batch_fn([chunk[rank] for chunk in chunks]) for rank in range(self.sampler.num_replicas)]
-        counts = [len(batches) for batches in of_ranks]
+        by_rank = [self.batch_fn([chunk[rank] for chunk in chunks]) for rank in range(self.sampler.num_replicas)]
+        counts = [len(batches) for batches in by_rank]
         if min(counts) == 0:
             raise ValueError(f"batch_fn must give every rank a batch: ranks got {counts}")
-        own = of_ranks[self.sampler.rank]
+        own = by_rank[self.sampler.rank]
         return [own[k % len(own)] for k in range(min(counts) if self.drop_last else max(counts))]

@@ -1,11 +1,11 @@
-"""`module.with_bagua(optimizers, algorithm)`: trains a module in parallel, and leaves it the module it was.
+"""`module.with_bagua(optimizers, algorithm)`: trains a module in parallel without wrapping it.
 
-The module is not wrapped. A DDP instance stands beside it, around a stand-in that has the module's parameters, buffers and
-children, and its forward; the module's `forward` leads to that instance:
+A DDP instance beside the module wraps a stand-in, which has the module's parameters, buffers, children and forward; the
+module's `forward` calls that instance:
 
-    module(x) -> the module's hooks -> ddp(x) -> stand-in(x) -> the forward that the module had
+    module(x) -> the module's hooks -> ddp(x) -> stand-in(x) -> the original forward
 
-So its hooks run once, `state_dict()` has the names it always had, and nothing calls itself in a circle.
+So hooks run once, `state_dict()` keeps its names, and nothing calls itself in a circle.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import lightning_accel.algorithms
-from lightning_accel.bagua.torch_api.algorithms.base import Algorithm, ours
+from lightning_accel.bagua.torch_api.algorithms.base import Algorithm, unwrap_algorithm
 from lightning_accel.data_parallel.wrap import unwrap, wrap
 
 _ATTACHED = ("forward", "__getstate__", "bagua_ddp", "bagua_algorithm", "bagua_optimizers")
-"""What `with_bagua` adds to an instance."""
+"""Attributes that `with_bagua` adds to an instance."""
 
 
 class _StandIn(nn.Module):
-    """What DDP wraps in the place of a module: the same parameters, buffers, children and names, and the module's forward."""
+    """A module for DDP to wrap in place of another: it has the other's parameters, buffers, children, names and forward."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -49,30 +49,30 @@ def with_bagua(
 ) -> nn.Module:
     """Trains this module in parallel from now on; a method of `nn.Module`. Collective.
 
-    Parameters, buffers and the optimizers' states become rank 0's. A second call takes another algorithm. The module has then
+    Parameters, buffers and the optimizers' states become rank 0's. A second call changes the algorithm. The module gets
     `bagua_ddp` (see `lightning_accel.wrap`), `bagua_algorithm` and `bagua_optimizers`; a copy or a pickle of it has none of
-    this, and is an ordinary module.
+    them, and is an ordinary module.
 
-    Without gradients (`torch.no_grad()`) nothing communicates: one rank may evaluate alone.
+    Nothing communicates without gradients (`torch.no_grad()`): one rank may evaluate alone.
 
     Args:
-        self: the module, on its device.
-        optimizers: over its parameters.
-        algorithm: of `torch_api.algorithms`; or one of `lightning_accel`, or its name.
-        process_group: whose ranks take part; None is the default group.
-        do_flatten: whether gradients lie in the buckets that are sent.
-        find_unused_parameters: for a module some of whose parameters get no gradient in some steps. Bagua has this option in
-            its DistributedDataParallel only.
+        self: Module on its device.
+        optimizers: Optimizers of its parameters.
+        algorithm: Algorithm of `torch_api.algorithms`, or one of `lightning_accel`, or its name.
+        process_group: Group whose ranks take part; None is the default group.
+        do_flatten: Whether gradients lie in the buckets that are sent.
+        find_unused_parameters: Whether some parameters may get no gradient in some steps. Bagua has this option in its
+            DistributedDataParallel only.
 
     Returns:
         The module itself.
 
     Raises:
-        TypeError: for an algorithm written for Bagua itself.
-        ValueError: if QAdam's own optimizer is not among the optimizers.
+        TypeError: If the algorithm was written for Bagua itself.
+        ValueError: If QAdam's own optimizer is not among the optimizers.
     """
     optimizers = list(optimizers)
-    made = ours(algorithm, optimizers)
+    accel_algorithm = unwrap_algorithm(algorithm, optimizers)
     if "bagua_ddp" in self.__dict__:
         _detach(self)
     broadcast_optimizer_states(optimizers, process_group)
@@ -80,7 +80,7 @@ def with_bagua(
     ddp = wrap(
         stand_in,
         optimizers,
-        made,
+        accel_algorithm,
         process_group=process_group,
         gradient_as_bucket_view=do_flatten,
         find_unused_parameters=find_unused_parameters,
@@ -89,12 +89,12 @@ def with_bagua(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return ddp(*args, **kwargs) if torch.is_grad_enabled() else stand_in.forward(*args, **kwargs)
 
-    def state_of_an_ordinary_module() -> dict[str, Any]:
+    def ordinary_state() -> dict[str, Any]:
         getstate = getattr(type(self), "__getstate__", None)  # Python 3.10's object has none
         state = self.__dict__ if getstate is None else getstate(self)
         return {**{name: value for name, value in state.items() if name not in _ATTACHED}, **stand_in.replaced}
 
-    attached = (forward, state_of_an_ordinary_module, ddp, algorithm, optimizers)
+    attached = (forward, ordinary_state, ddp, algorithm, optimizers)
     # Not by assignment, which would make the DDP instance a child of the module.
     self.__dict__.update(zip(_ATTACHED, attached, strict=True))
     return self
@@ -104,7 +104,7 @@ nn.Module.with_bagua = with_bagua  # type: ignore[attr-defined]
 
 
 def broadcast_optimizer_states(optimizers: list[torch.optim.Optimizer], process_group: dist.ProcessGroup | None) -> None:
-    """Optimizers that have a state on rank 0, such as that of a checkpoint, get the same on all ranks. Collective."""
+    """Gives optimizers that have a state on rank 0, such as one from a checkpoint, the same state on all ranks. Collective."""
     states: list[Any] = [None] * len(optimizers)
     if dist.get_rank(process_group) == 0:
         for place, optimizer in enumerate(optimizers):

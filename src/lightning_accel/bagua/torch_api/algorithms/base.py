@@ -1,4 +1,4 @@
-"""What a script gives to `with_bagua`: one of our algorithms, under Bagua's name and with Bagua's arguments."""
+"""The algorithms that a script gives to `with_bagua`: ours, under Bagua's names and with Bagua's arguments."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_accel.transport.topology import Hierarchical
 class Algorithm:
     """Base of Bagua's algorithms; `Algorithm.init("bytegrad")` makes one by its name.
 
-    Bagua's way to write algorithms of one's own (`reify`, `AlgorithmImpl`) is not offered: see
-    `lightning_accel.register_algorithm`. `with_bagua` takes those too.
+    To write your own algorithm, use `lightning_accel.register_algorithm`, which `with_bagua` accepts too; Bagua's way (`reify`,
+    `AlgorithmImpl`) is not offered.
 
     Args:
-        **options: of the algorithm, as `lightning_accel` names them.
+        **options: Options of the algorithm, as `lightning_accel` names them.
 
     Attributes:
-        made: the algorithm that communicates.
-        optimizer: one that the algorithm works with; None where any will do.
+        accel_algorithm: Algorithm of `lightning_accel` that communicates.
+        optimizer: Optimizer that the algorithm works with; None where any will do.
     """
 
     name: ClassVar[str]
@@ -37,7 +37,7 @@ class Algorithm:
         cls._by_name[name] = cls
 
     def __init__(self, **options: Any) -> None:
-        self.made = make_algorithm(self.name, options)
+        self.accel_algorithm = make_algorithm(self.name, options)
         self.optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -45,42 +45,44 @@ class Algorithm:
         """Makes an algorithm by its name, with its constructor's arguments.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: If the name is unknown.
         """
         if name not in cls._by_name:
             raise ValueError(f"algorithm must be one of {', '.join(cls._by_name)}: got {name!r}")
         return cls._by_name[name](**kwargs)
 
 
-def by_nodes(hierarchical: bool) -> Hierarchical:
-    """Bagua's True never refuses: it is "auto" here, which communicates by nodes where there are several, equal ones."""
+def translate_hierarchical(hierarchical: bool) -> Hierarchical:
+    """Translates Bagua's True, which never refuses, to "auto", which communicates by nodes where there are several equal ones."""
     return "auto" if hierarchical else False
 
 
-def ours(algorithm: object, optimizers: Sequence[torch.optim.Optimizer]) -> lightning_accel.algorithms.Algorithm | str:
-    """What `lightning_accel.wrap` takes for an algorithm of Bagua's names, or one of our own.
+def unwrap_algorithm(
+    algorithm: object, optimizers: Sequence[torch.optim.Optimizer]
+) -> lightning_accel.algorithms.Algorithm | str:
+    """Returns the algorithm that `lightning_accel.wrap` takes, for one of Bagua's names or one of our own.
 
     Raises:
-        TypeError: for another object.
-        ValueError: if the algorithm's own optimizer is not among `optimizers`.
+        TypeError: If it is another object.
+        ValueError: If the algorithm's own optimizer is not among `optimizers`.
     """
     if isinstance(algorithm, Algorithm):
         if algorithm.optimizer is not None and all(optimizer is not algorithm.optimizer for optimizer in optimizers):
             raise ValueError(f"{type(algorithm).__name__} needs its own optimizer among the optimizers")
-        return algorithm.made
+        return algorithm.accel_algorithm
     if isinstance(algorithm, (str, lightning_accel.algorithms.Algorithm)):
         return algorithm
     raise TypeError(
-        f"an algorithm of lightning_accel.bagua.torch_api.algorithms is needed: got a {type(algorithm).__name__}. Those written "
-        "for Bagua itself are written anew, with lightning_accel.register_algorithm"
+        f"an algorithm of lightning_accel.bagua.torch_api.algorithms is needed: got a {type(algorithm).__name__}. Write "
+        "one that was made for Bagua itself anew, with lightning_accel.register_algorithm"
     )
 
 
 def replica_of(module: nn.Module) -> Replica:
-    """Of what `with_bagua` or Bagua's DistributedDataParallel has returned.
+    """Returns the replica of a module that `with_bagua` or Bagua's DistributedDataParallel has returned.
 
     Raises:
-        TypeError: for another module.
+        TypeError: If it is another module.
     """
     ddp = module if isinstance(module, AccelDataParallel) else module.__dict__.get("bagua_ddp")
     if not isinstance(ddp, AccelDataParallel):
