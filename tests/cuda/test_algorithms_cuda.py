@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.ranks import _load
+from helpers.ranks import load_module
 from helpers.sequences import failures_of
 from lightning_accel import Decentralized, LowPrecisionDecentralized
 from lightning_accel.background.communicator import Communicator
@@ -30,7 +30,7 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 
 
 def on_cpu(name):
-    return _load(f"{name}_on_cpu", str(DISTRIBUTED / f"test_{name}.py"))
+    return load_module(f"{name}_on_cpu", str(DISTRIBUTED / f"test_{name}.py"))
 
 
 gradient_allreduce, bytegrad, error_feedback = on_cpu("gradient_allreduce"), on_cpu("bytegrad"), on_cpu("error_feedback")

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from helpers.models import GivenGradients, assert_gradients, few_kinds
-from helpers.ranks import _load, own_threads, run_ranks
+from helpers.ranks import load_module, own_threads, run_ranks
 from helpers.sequences import failures_of
 from helpers.tensors import CODECS, DTYPES, assert_same_bits, awkward, normal
 from lightning_accel import AsyncAverage, ByteGrad, Decentralized, GradientAllReduce, QAdam, QAdamAlgorithm, Replica
@@ -437,7 +437,7 @@ def test_one_rank(failures, name):
     assert failures.get(name) is None, failures[name]
 
 
-algorithms = _load("algorithms_cuda", str(Path(__file__).with_name("test_algorithms_cuda.py")))
+algorithms = load_module("algorithms_cuda", str(Path(__file__).with_name("test_algorithms_cuda.py")))
 
 
 def run_two(rank, world_size, names):

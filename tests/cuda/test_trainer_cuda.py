@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
 from helpers import ranks
-from helpers.ranks import _load, run_ranks
+from helpers.ranks import load_module, run_ranks
 from helpers.sequences import failures_of
 from lightning_accel import AccelStrategy, QAdam
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 ranks.PRELOADED.append("lightning.pytorch")
 
-fits = _load("lightning_fits_cuda", str(Path(__file__).parents[1] / "lightning" / "lightning_fits.py"))
+fits = load_module("lightning_fits_cuda", str(Path(__file__).parents[1] / "lightning" / "lightning_fits.py"))
 
 STEPS = 12
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from helpers.ranks import _load
+from helpers.ranks import load_module
 from helpers.sequences import failures_of
 
-nccl = _load("nccl_on_cpu", str(Path(__file__).parents[1] / "cuda" / "test_nccl_cuda.py"))
+nccl = load_module("nccl_on_cpu", str(Path(__file__).parents[1] / "cuda" / "test_nccl_cuda.py"))
 
 
 def test_on_the_cpu():

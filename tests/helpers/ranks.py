@@ -171,7 +171,7 @@ def _run(rank: int, world_size: int, store: str, job: bytes) -> Any:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine's name resolves to
     torch.set_num_threads(1)
     module_name, file, name, backend, args = pickle.loads(job)
-    fn = _load(module_name, file)
+    fn = load_module(module_name, file)
     for part in name.split("."):
         fn = getattr(fn, part)
     if backend is not None:
@@ -196,7 +196,7 @@ def _own_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in OTHERS_VARIABLES}
 
 
-def _load(name: str, file: str) -> Any:
+def load_module(name: str, file: str) -> Any:
     """A test module by its file: under importlib mode pytest puts it on no path."""
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
