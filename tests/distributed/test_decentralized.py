@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import own_threads, run_ranks
 from helpers.tensors import assert_same_bits
-from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_replicas, inputs_of, optimizer_of, trainable
+from helpers.weights import TIMEOUT, Mixed, Simulation, Training, WithoutHalf, check_estimates, inputs_of, optimizer_of, trainable
 from lightning_accel import (
     AsyncAverage,
     ByteGrad,
@@ -144,7 +144,7 @@ def between_micro_batches(rank, world_size):
         training.check(simulation.weights[rank], "the step after it")
         if isinstance(options, LowPrecisionDecentralized):
             training.backward(2)
-            check_replicas(training)
+            check_estimates(training)
         training.replica.close()
 
 

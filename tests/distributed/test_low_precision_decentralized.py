@@ -5,7 +5,7 @@ import torch
 
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
-from helpers.weights import Simulation, Training, check_replicas, trainable
+from helpers.weights import Simulation, Training, check_estimates, trainable
 from lightning_accel import LowPrecisionDecentralized as Options
 from lightning_accel.reference.low_precision_decentralized import LowPrecisionDecentralized as Reference
 
@@ -36,7 +36,7 @@ def check(rank, world_size, cases, device="cpu"):
                 training.replica.consensus()
                 training.check(agreed, f"{what}, consensus")
         if has_ring:
-            check_replicas(training)
+            check_estimates(training)
         check_consensus(training, simulation, what)
         training.replica.close()
 
@@ -143,7 +143,7 @@ def resumed(rank, world_size):
         for round_ in range(5, 9):
             training.backward(round_)
             training.step()
-        check_replicas(training)
+        check_estimates(training)
         ended.append([tensor.clone() for tensor in trainable(training.ddp.module)])
         training.replica.close()
     for uninterrupted, again in zip(*ended, strict=True):
