@@ -18,7 +18,7 @@ from helpers.weights import (
     Mixed,
     Simulation,
     WithoutHalf,
-    check_replicas,
+    check_estimates,
     inputs_of,
     mixed_training,
     optimizer_of,
@@ -152,7 +152,7 @@ def between_micro_batches(rank, world_size, options):
     training.assert_weights(simulation.weights[rank], "the step after it")
     if is_ring:
         training.backward(inputs_of(rank, 2))
-        check_replicas(training)
+        check_estimates(training)
     training.replica.close()
 
 

@@ -5,7 +5,7 @@ import torch
 
 from helpers.ranks import run_ranks
 from helpers.tensors import assert_same_bits
-from helpers.weights import Simulation, check_replicas, inputs_of, mixed_training, trainable
+from helpers.weights import Simulation, check_estimates, inputs_of, mixed_training, trainable
 from lightning_accel import LowPrecisionDecentralized as Options
 from lightning_accel.reference.low_precision_decentralized import LowPrecisionDecentralized as Reference
 
@@ -35,7 +35,7 @@ def check(rank, world_size, cases, device="cpu"):
                 training.replica.consensus()
                 training.assert_weights(agreed, f"{what}, consensus")
         if has_ring:
-            check_replicas(training)
+            check_estimates(training)
         check_consensus(training, simulation, what)
         training.replica.close()
 
@@ -140,7 +140,7 @@ def resumed(rank, world_size):
             assert training.replica.algorithm.rounds == 5
         for round_ in range(5, 9):
             training.round(inputs_of(rank, round_))
-        check_replicas(training)
+        check_estimates(training)
         ended.append([tensor.clone() for tensor in trainable(training.model)])
         training.replica.close()
     for uninterrupted, again in zip(*ended, strict=True):

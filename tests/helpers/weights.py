@@ -117,16 +117,16 @@ def mixed_training(
     return Training(model(), algorithm, SGD, nodes=nodes, find_unused_parameters=True, **options)
 
 
-def check_replicas(training: Training) -> None:
-    """Of a ring's ranks, bitwise: w[r] == R[r-1] == L[r+1]. Collective."""
+def check_estimates(training: Training) -> None:
+    """Checks the estimates of a ring's ranks, bitwise: w[r] == R[r-1] == L[r+1]. Collective."""
     peers = training.replica.algorithm.inter_node
     n = peers.world_size
     for ring in training.replica.algorithm.rings:
-        of_kinds = []
-        for replica in (ring.own, ring.left, ring.right):
-            of_kinds.append([torch.empty_like(replica) for _ in range(n)])
-            dist.all_gather(of_kinds[-1], replica, group=peers.process_group)
-        own, left, right = of_kinds
+        gathered = []
+        for estimate in (ring.own, ring.left, ring.right):
+            gathered.append([torch.empty_like(estimate) for _ in range(n)])
+            dist.all_gather(gathered[-1], estimate, group=peers.process_group)
+        own, left, right = gathered
         for r in range(n):
             assert_same_bits(right[(r - 1) % n], own[r], f"R of the rank left of {r}")
             assert_same_bits(left[(r + 1) % n], own[r], f"L of the rank right of {r}")

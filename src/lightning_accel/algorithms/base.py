@@ -1,8 +1,8 @@
 """The contract of an algorithm: options that a user chooses, and what is bound to one replica.
 
-Options are a frozen dataclass, validated when made, picklable, without rank or device: `ByteGrad(codec="int8")`. Binding them
-to a replica gives a `BoundAlgorithm`, whose methods are the moments of a training step. A user's own algorithm is two such
-classes and `@register_algorithm("name")`.
+Options are a frozen dataclass, validated by its constructor, picklable, without rank or device: `ByteGrad(codec="int8")`.
+Binding them to a replica gives a `BoundAlgorithm`, whose methods are the hooks of a training step. A user's own algorithm is
+two such classes and `@register_algorithm("name")`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Parameters:
     """A replica's trainable and frozen parameters in the order of `named_parameters`, tied ones once.
 
     Attributes:
-        names: of each.
-        tensors: the parameters themselves.
+        names: Names of the parameters.
+        tensors: The parameters themselves.
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Parameters:
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Parameters:
-        """The parameters of a module."""
+        """Lists the parameters of a module."""
         named = list(module.named_parameters())
         return cls(tuple(name for name, _ in named), tuple(parameter for _, parameter in named))
 
@@ -47,9 +47,9 @@ class Context:
     """What an algorithm is bound to.
 
     Attributes:
-        ddp: the replica; its parameters, buckets and flags.
-        parameters: of the wrapped module.
-        communicator: for everything that is sent.
+        ddp: DDP instance, with its parameters, buckets and flags.
+        parameters: Parameters of the wrapped module.
+        communicator: Communicator for everything that is sent.
     """
 
     ddp: DistributedDataParallel
@@ -58,13 +58,13 @@ class Context:
 
 
 class Algorithm(ABC):
-    """Options of an algorithm; subclasses are frozen dataclasses with a default for each option."""
+    """Options of an algorithm. Subclasses are frozen dataclasses with a default for each option."""
 
     name: ClassVar[str]
-    """Set by `register_algorithm`."""
+    """Name of the algorithm, set by `register_algorithm`."""
 
     keeps_gradients: ClassVar[bool] = True
-    """Whether `.grad` holds gradients when the optimizer steps; else they must be neither clipped nor scaled."""
+    """Whether `.grad` holds gradients when the optimizer steps. If not, it must be neither clipped nor scaled."""
 
     @abstractmethod
     def bind(self, context: Context) -> BoundAlgorithm:
@@ -72,32 +72,32 @@ class Algorithm(ABC):
 
 
 class BoundAlgorithm:
-    """An algorithm at work on one replica. The replica calls the moments; each does nothing unless overridden.
+    """An algorithm at work on one replica, which calls its hooks. A hook does nothing unless it is overridden.
 
     A *round* is what leads to one optimizer step: one or more micro-batches, then the step.
     """
 
     lets_ddp_divide = False
-    """Whether DDP divides gradients by the number of ranks as it fills buckets: then `all_reduce` gets these instead of
-    `reduce_gradients`, and memory is passed over once less."""
+    """Whether DDP divides gradients by the number of ranks as it fills buckets, which saves a pass over memory. Then
+    `all_reduce` gets the buckets instead of `reduce_gradients`."""
 
     ranks_differ = False
-    """Whether weights, and with them optimizers and gradient scalers, come to differ between ranks: then a checkpoint keeps
-    each rank's."""
+    """Whether weights, and with them optimizers and gradient scalers, differ between ranks. Then a checkpoint keeps those of
+    each rank."""
 
     averages: Sequence[torch.nn.Module] = ()
-    """Modules that hold averages of the weights over time (EMA); `consensus` makes them equal on all ranks too, unless they lie
+    """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too, unless they are
     on another device."""
 
     relays_termination = False
-    """Whether ranks tell each other that one of them is to end (SIGTERM) by messages that the algorithm sends anyway. Then
-    nobody waits for all others at each batch to hear of it; see docs/design/0006-sigterm.md."""
+    """Whether the algorithm's messages tell all ranks that one of them is to end (SIGTERM). Then ranks need not wait for each
+    other at each batch to learn of it; see docs/design/0006-sigterm.md."""
 
     is_in_lockstep = True
-    """Whether ranks wait for each other in this round; asked if `relays_termination`."""
+    """Whether ranks wait for each other in this round; used if `relays_termination`."""
 
     is_terminating = False
-    """Whether a rank is to end, as all ranks know; the same on all of them after `pause` and `consensus`."""
+    """Whether all ranks know that one of them is to end; the same on all ranks after `pause` and `consensus`."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -106,36 +106,36 @@ class BoundAlgorithm:
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
         """Starts to reduce a bucket that backward has filled; the future delivers what becomes the gradient.
 
-        Called in the same order on all ranks, during backward: it must not wait. By default the local gradient stays.
+        Called during backward, in the same order on all ranks; must not wait. By default the local gradient stays.
         """
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
     def all_reduce(self, divided: torch.Tensor, label: str) -> torch.futures.Future[torch.Tensor]:
-        """As `reduce_gradients`, for the content of a bucket that DDP has divided; used if `lets_ddp_divide`."""
+        """Starts to sum the content of a bucket that DDP has divided; replaces `reduce_gradients` if `lets_ddp_divide`."""
         raise NotImplementedError
 
     def before_forward(self) -> None:
-        """Before the first micro-batch's forward of a round."""
+        """Runs before the first forward of a round."""
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Learns of the optimizers over the replica's parameters; before the first forward."""
+        """Receives the optimizers of the replica's parameters, before the first forward."""
 
     def before_step(self) -> None:
-        """After the round's last backward; before gradients are unscaled or clipped and the optimizer steps."""
+        """Runs after the round's last backward, before gradients are unscaled or clipped and the optimizer steps."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """After this optimizer has stepped; not when a gradient scaler skipped the step, on this rank only perhaps."""
+        """Runs after an optimizer has stepped; not when a gradient scaler skips the step, on this rank only perhaps."""
 
     def consensus(self) -> None:
-        """Makes all ranks' weights equal; before validation, test, predict, checkpoint and the end of fit. Collective."""
+        """Makes all ranks' weights equal, before validation, test, predict, checkpoint and the end of fit. Collective."""
 
     def consensus_if_terminating(self) -> bool:
-        """A consensus, if a rank is to end; if `relays_termination`. Collective, and weights may be in use: else they stay.
+        """Reaches a consensus if a rank is to end; else leaves weights as they are, for they may be in use. Collective.
 
-        Called before a collective that is not the algorithm's own. A rank that waited there for one that has gone to a
-        consensus, to end, would wait in vain.
+        Called if `relays_termination`, before a collective that is not the algorithm's own: there ranks would wait in vain for
+        one that has gone to a consensus to end.
 
         Returns:
             Whether a rank is to end, the same on all ranks; False where ranks are in step anyway.
@@ -146,27 +146,27 @@ class BoundAlgorithm:
         """Stops communication that runs by itself. Collective and idempotent."""
 
     def resume(self) -> None:
-        """Starts it again. Collective and idempotent."""
+        """Restarts what `pause` stopped. Collective and idempotent."""
 
     def request_termination(self) -> None:
-        """Lets all ranks know that this one is to end; if `relays_termination`. Called by a signal handler: must not wait."""
+        """Tells all ranks that this one is to end, if `relays_termination`. Called by a signal handler; must not wait."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs and all ranks hold alike, as tensors, numbers, strings, lists and dicts."""
+        """Returns what a resumed run needs and all ranks hold alike, as tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; the weights are the checkpoint's by then, and what follows from them starts anew."""
+        """Restores what `state_dict` returned. The weights are the checkpoint's by then; what follows from them starts anew."""
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs and each rank holds for itself, of the same kinds; empty on all ranks or on none.
+        """Returns what a resumed run needs and each rank holds for itself, of the same types; empty on all ranks or on none.
 
-        Called after `consensus`; not collective. It is written to a file of this rank's own.
+        Called after `consensus`; not collective. Each rank writes it to a file of its own.
         """
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `rank_state_dict` gave on this rank, of as many; after `load_state_dict`, or never."""
+        """Restores what `rank_state_dict` returned on this rank, of as many ranks. Called after `load_state_dict`, or never."""
 
     def teardown(self) -> None:
-        """Ends what was started; after an exception too."""
+        """Ends what was started. Called after an exception too."""

@@ -1,4 +1,4 @@
-"""Weights averaged with peers, at full precision, while forward and backward compute."""
+"""Averages weights with peers, at full precision, while forward and backward compute."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ PEER_SELECTION_MODES = ("all", "shift_one")
 @register_algorithm("decentralized")
 @dataclass(frozen=True)
 class Decentralized(Algorithm):
-    """Every rank steps with its own gradient, from the mean of its weights and its peers'.
+    """Lets every rank step with its own gradient, from the mean of its weights and its peers'.
 
     x_{t+1} = mean(x_t of this rank and its peers) - update(g(x_t))
 
-    The weights are sent when a round begins, and while they travel forward and backward compute the gradient at x_t; before
-    the optimizer steps, the mean takes their place. Peers are all ranks, or with "shift_one" one other rank: at communication
+    The weights are sent when a round begins; while they travel, forward and backward compute the gradient at x_t. Before the
+    optimizer steps, the mean takes their place. Peers are all ranks, or with "shift_one" one other rank: at communication
     s, rank r < n/2 meets n/2 + (s + r) mod n/2, so in n/2 communications each of one half meets all of the other.
 
-    Source: decentralized SGD of Bagua (Gan et al. 2021, arXiv:2107.01499), after Lian et al. (2017, arXiv:1705.09056). Differs
-    in that means are exact: equal weights stay equal to the bit.
+    Source: decentralized SGD of Bagua (Gan et al. 2021, arXiv:2107.01499), after Lian et al. (2017, arXiv:1705.09056). It
+    differs in that means are exact: equal weights stay equal to the bit.
 
-    Cost a communication for each rank: "all" 2 (n-1)/n of the weights' bytes, as an all_reduce of gradients, and two messages
-    to each other rank; "shift_one" the weights' bytes, and one message. Memory: the weights, twice. On a single process it does
-    nothing.
+    Cost of a communication for each rank: "all" sends 2 (n-1)/n of the weights' bytes, like an all_reduce of gradients, in two
+    messages to each other rank; "shift_one" sends the weights' bytes in one message. Memory: the weights, twice. On a single
+    process it does nothing.
 
     Fails when: the ranks' weights are far apart, after many rounds without communication or with a large step: then the mean
     is a model that nobody has trained. `ModelCheckpoint` and validation see the mean of all ranks (consensus).
 
     Args:
         peer_selection_mode: "all", or "shift_one", which needs an even number of ranks (of nodes, if hierarchical).
-        communication_interval: communicate in every so many-th round, the first included.
-        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
-            Then the ranks of a node take their mean, and exchange it with the peers of equal local rank.
+        communication_interval: Number of rounds from one communication to the next; the first round communicates.
+        hierarchical: Whether the ranks of a node take their mean, and exchange it with the peers of equal local rank. "auto"
+            does so when there are several nodes with equally many ranks, more than one, on each.
 
     Example:
         >>> Decentralized(peer_selection_mode="shift_one", communication_interval=2).hierarchical

@@ -1,4 +1,4 @@
-"""Mean gradients at full precision: what DDP does, and the measure of everything else."""
+"""Averages gradients at full precision, as DDP does; the baseline of all other algorithms."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from lightning_accel.transport.topology import Hierarchical
 @register_algorithm("gradient_allreduce")
 @dataclass(frozen=True)
 class GradientAllReduce(Algorithm):
-    """Every rank gets the mean of all ranks' gradients, uncompressed.
+    """Gives every rank the mean of all ranks' gradients, uncompressed.
 
     g <- 1/n sum_r g_r
 
-    Flat, it is the backend's all_reduce on DDP's buckets, which DDP divides as it fills them, and equals DDP bit for bit.
-    Hierarchical, ranks of a node sum first, and each carries its share between nodes; sums run in rank order, in float32.
+    The flat form is the backend's all_reduce of DDP's buckets, which DDP divides as it fills them; it equals DDP bit for bit.
+    In the hierarchical form ranks of a node sum first, and each carries its share between nodes; sums run in rank order, in
+    float32.
 
-    Cost a step for each rank: 2 (n-1)/n times the gradients' bytes; as many all_reduces as buckets; no memory.
+    Cost of a step for each rank: 2 (n-1)/n times the gradients' bytes; as many all_reduces as buckets; no memory.
 
     Args:
-        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
-            Off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal anyway (gloo's ring).
-        average: the mean; False leaves the sum.
+        hierarchical: Whether to use the hierarchical form; "auto" does when there are several nodes with equally many ranks, more
+            than one, on each. Off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal
+            anyway (gloo's ring).
+        average: Whether to divide the sum by the number of ranks.
 
     Example:
         >>> GradientAllReduce(average=False)

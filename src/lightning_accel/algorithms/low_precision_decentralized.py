@@ -1,4 +1,4 @@
-"""Weights exchanged at eight bits with the two neighbours on a ring."""
+"""Exchanges weights at eight bits with the two neighbours on a ring."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lightning_accel.transport.topology import Hierarchical
 @register_algorithm("low_precision_decentralized")
 @dataclass(frozen=True)
 class LowPrecisionDecentralized(Algorithm):
-    """Every rank steps with its own gradient and tells its two neighbours, at eight bits, how its weights have changed.
+    """Lets every rank step with its own gradient, and tell its two neighbours at eight bits how its weights have changed.
 
     d = x + L/3 + R/3 - 5w/3;   L += Q(d of the left), R += Q(d of the right), w += Q(d);   x = w
 
-    Each rank keeps three replicas: w of itself, L and R of its neighbours. All begin as the common weights, and as the same
-    messages are added everywhere, w[r] == R[r-1] == L[r+1] to the bit, always. So a rank knows its neighbours' weights though
-    only differences travel, and d takes it towards the mean of the three. Since a step's progress is x - w, the exchange comes
-    between two steps: when a round begins, before its forward, which waits for it.
+    Each rank keeps three estimates: w of its own weights, L and R of its neighbours'. All begin as the common weights. As the
+    same messages are added everywhere, w[r] == R[r-1] == L[r+1] to the bit, always. So a rank knows its neighbours' weights
+    although only differences travel, and d takes it towards the mean of the three. Since a step's progress is x - w, the
+    exchange comes between two steps: when a round begins, before its forward, which waits for it.
 
-    Source: DCD-PSGD (Tang et al. 2018, arXiv:1803.06443), as in Bagua (Gan et al. 2021, arXiv:2107.01499). Differs in the
-    grid: blocks of 512 elements of one parameter; and d is computed as (x - w) + ((L - w) + (R - w)) / 3, zero where all agree.
+    Source: DCD-PSGD (Tang et al. 2018, arXiv:1803.06443), as in Bagua (Gan et al. 2021, arXiv:2107.01499). It differs in the
+    grid (blocks of 512 elements of one parameter), and d is (x - w) + ((L - w) + (R - w)) / 3, which is zero where all agree.
 
-    Cost a communication for each rank: 2 codes of the weights, about 2 bytes an element against 8 (n-1)/n for an all_reduce of
-    float32 gradients (two ranks: 1 against 4); 2 messages, whatever n, and no rank waits for any but its neighbours. Memory:
-    four times the weights, float16 and bfloat16 as float32, and up to three codes; once more during a consensus. On a single
+    Cost of a communication for each rank: 2 codes of the weights, about 2 bytes an element against 8 (n-1)/n for an all_reduce
+    of float32 gradients (two ranks: 1 against 4); 2 messages, whatever n. A rank waits for its neighbours only. Memory: four
+    times the weights, float16 and bfloat16 as float32, and up to three codes; once more during a consensus. On a single
     process it does nothing.
 
     Fails when: the codec is coarse: elements of d below half a step of Q's grid (int8: 1/254 of the largest in their block) are
@@ -44,10 +44,10 @@ class LowPrecisionDecentralized(Algorithm):
     ranks (consensus), from which all go on.
 
     Args:
-        codec: Q, "int8", "minmax_uint8", "fp16", "bf16" or "none". "int4" and "sign" are taken, but lose most of a step.
-        communication_interval: communicate before every so many-th round.
-        hierarchical: True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
-            Then the ranks of a node take their mean, uncompressed, and the ring is that of nodes.
+        codec: Q, one of "int8", "minmax_uint8", "fp16", "bf16" and "none". "int4" and "sign" work, but lose most of a step.
+        communication_interval: Number of rounds from one communication to the next.
+        hierarchical: Whether the ranks of a node take their mean, uncompressed, and nodes form the ring. "auto" does so when
+            there are several nodes with equally many ranks, more than one, on each.
 
     Example:
         >>> LowPrecisionDecentralized().codec
@@ -80,7 +80,7 @@ class _LowPrecisionDecentralized(WeightExchange):
 
     def before_forward(self) -> None:
         if self._begins_anew:
-            # All ranks have the same weights, from DDP or from a checkpoint: there is nothing to say yet.
+            # All ranks have the same weights, from DDP or from a checkpoint: there is no difference to send yet.
             self._begins_anew = False
             self._reset()
         elif self.rounds % self._options.communication_interval == 0:
@@ -105,6 +105,6 @@ class _LowPrecisionDecentralized(WeightExchange):
             ring.reset(share)
 
     def _shares(self) -> list[torch.Tensor]:
-        """This rank's share of each buffer; all of it, but among the ranks of a node."""
+        """Returns this rank's share of each buffer: its part among the ranks of a node if hierarchical, else all of it."""
         n, rank = self.intra_node.world_size, self.intra_node.rank
         return [buffer.view(n, buffer.numel() // n)[rank] for buffer in self.buffers]

@@ -1,4 +1,4 @@
-"""Weights as flat buffers, one for each dtype: what algorithms that exchange weights send."""
+"""Weights as flat buffers, one for each dtype, as algorithms that exchange weights send them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class FlatWeights:
     """Copies tensors to flat buffers and back, by one multi-tensor operation for each dtype.
 
     A buffer holds the tensors of one dtype one behind another, each in the order of its elements, whatever its memory format.
-    Nothing is allocated but by the constructor and `allocate`.
+    Only the constructor and `allocate` allocate memory.
 
     Args:
-        tensors: a replica's weights, in the order of `named_parameters`, or its buffers; one that is given twice counts once.
-        widen: whether float16 and bfloat16 tensors lie in the float32 buffer.
+        tensors: Weights of a replica in the order of `named_parameters`, or its buffers; one that is given twice counts once.
+        widen: Whether the float32 buffer holds float16 and bfloat16 tensors too.
 
     Attributes:
-        dtypes: of the buffers, in the order in which the tensors first have them.
-        numels: elements of each buffer, padding not counted.
-        parts: for each buffer the elements of each tensor in it.
+        dtypes: Dtypes of the buffers, in the order in which they first occur.
+        numels: Number of elements of each buffer, without padding.
+        parts: For each buffer, the number of elements of each tensor in it.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], *, widen: bool = False) -> None:
@@ -35,9 +35,9 @@ class FlatWeights:
         self._views: dict[int, list[torch.Tensor]] = {}
 
     def allocate(self, multiple: int = 1) -> list[torch.Tensor]:
-        """One buffer for each dtype, of zeros, on the tensors' device, padded to a multiple of so many elements.
+        """Makes a buffer of zeros for each dtype, on the tensors' device, padded to a multiple of `multiple` elements.
 
-        Views into it are kept as long as this object.
+        This object keeps views into the buffers.
         """
         buffers = []
         for group, dtype, numel in zip(self._tensors, self.dtypes, self.numels, strict=True):
@@ -48,25 +48,25 @@ class FlatWeights:
 
     @torch.no_grad()
     def gather(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Overwrites buffers made by `allocate` with the tensors; padding keeps what it held."""
+        """Overwrites buffers made by `allocate` with the tensors; padding stays."""
         for buffer, group in zip(buffers, self._tensors, strict=True):
             torch._foreach_copy_(self._views[id(buffer)], group)
 
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Overwrites the tensors with what buffers made by `allocate` hold; not while a backward may still need them."""
+        """Overwrites the tensors with buffers made by `allocate`; must not be called while a backward may still need them."""
         for buffer, group in zip(buffers, self._tensors, strict=True):
             torch._foreach_copy_(group, self._views[id(buffer)])
 
     @torch.no_grad()
     def add(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Adds to the tensors what buffers made by `allocate` hold; not while a backward may still need them."""
+        """Adds buffers made by `allocate` to the tensors; must not be called while a backward may still need them."""
         for buffer, group in zip(buffers, self._tensors, strict=True):
             torch._foreach_add_(group, self._views[id(buffer)])
 
 
 def segments(parts: Sequence[int], start: int, stop: int) -> tuple[list[int], list[int]]:
-    """First elements, counted from `start`, and sizes of the tensors, or what of them lies in `start` to `stop` of a buffer."""
+    """Returns offsets from `start`, and sizes, of the parts of the tensors that lie in `start` to `stop` of a buffer."""
     offsets, numels = [], []
     end = 0
     for numel in parts:
@@ -79,6 +79,6 @@ def segments(parts: Sequence[int], start: int, stop: int) -> tuple[list[int], li
 
 
 def _views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The part of a buffer that belongs to each tensor, in its shape."""
+    """Cuts a buffer into a view for each tensor, in its shape."""
     parts = buffer.split_with_sizes([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

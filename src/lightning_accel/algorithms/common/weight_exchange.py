@@ -1,4 +1,4 @@
-"""What algorithms that exchange weights, not gradients, have in common: flat buffers, rounds and consensus."""
+"""Base of the algorithms that exchange weights, not gradients: flat buffers, rounds and consensus."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ from lightning_accel.transport.topology import Hierarchical
 
 
 class WeightExchange(BoundAlgorithm):
-    """A replica whose gradients stay local and whose weights are exchanged.
+    """Exchanges weights between ranks, and keeps gradients local. Making it is collective.
 
-    Weights change at `before_forward`, `before_step` and `consensus` alone, never inside a backward. DDP does not broadcast
+    Weights change in `before_forward`, `before_step` and `consensus` alone, never inside a backward. DDP does not broadcast
     buffers such as BatchNorm's statistics in each forward: they differ between ranks until the next consensus.
 
-    Making it is collective.
-
     Args:
-        context: the replica.
-        hierarchical: whether ranks of a node take their mean first, and its shares are exchanged between nodes.
-        widen: whether float16 and bfloat16 weights are exchanged as float32.
+        context: Replica to bind to.
+        hierarchical: Whether ranks of a node take their mean first, and exchange its shares between nodes.
+        widen: Whether float16 and bfloat16 weights are exchanged as float32.
 
     Raises:
-        ValueError: for weights that cannot be sent; on all ranks alike, before anything is.
+        ValueError: if weights cannot be sent; on all ranks alike, before anything is sent.
     """
 
     ranks_differ = True
@@ -53,16 +51,16 @@ class WeightExchange(BoundAlgorithm):
             self._queue = communicator.open_queue("all")
             self.intra_node, self.inter_node = Group(None), self._queue.group
         self.rounds = 0
-        """Rounds finished so far."""
+        """Number of rounds finished so far."""
         self.weights = FlatWeights(list(trainable.values()), widen=widen)
-        # A rank of a node has its share of a buffer, and each node a share of that.
+        # Each rank of a node has a share of a buffer, and each node a share of that.
         self.buffers = self.weights.allocate(multiple=communicator.world_size)
         self._trainable = list(trainable.values())
         self._exchanged: list[torch.futures.Future[torch.Tensor]] = []
         ddp.broadcast_buffers = False
 
     def exchange(self, buffer: int, share: torch.Tensor, scratch: Scratch) -> None:
-        """Overwrites this rank's share of a buffer by what it becomes with `inter_node`, two or more. Runs in the background."""
+        """Exchanges this rank's share of a buffer with `inter_node`, and overwrites it. Runs in the background."""
         raise NotImplementedError
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -80,7 +78,7 @@ class WeightExchange(BoundAlgorithm):
         self.communicator.count_full_precision(self._trainable)
 
     def start_exchange(self) -> None:
-        """Copies the weights to the buffers and starts to exchange them; nothing on a single process."""
+        """Copies the weights to the buffers and starts to exchange them; does nothing on a single process."""
         if self.communicator.world_size == 1:
             return
         self.weights.gather(self.buffers)
@@ -96,15 +94,15 @@ class WeightExchange(BoundAlgorithm):
         self._exchanged = [self._submit(label, buffer, procedure(i, buffer)) for i, buffer in enumerate(self.buffers)]
 
     def finish_exchange(self) -> None:
-        """Waits for what was started, if anything was, and takes the weights from the buffers."""
+        """Waits for an exchange that was started, and copies the weights from the buffers; does nothing if none was."""
         if self._exchanged:
             self._wait()
             self.weights.scatter(self.buffers)
 
     def consensus(self) -> None:
-        """Takes the mean of all ranks' weights, floating buffers and averages; of what is no number in floating point, rank 0's.
+        """Gives all ranks the mean of their weights, floating buffers and averages; other tensors are copied from rank 0.
 
-        An exchange in flight is waited for and dropped. Gradients stay.
+        Waits for an exchange in flight and drops it. Gradients stay.
         """
         if self.communicator.world_size == 1:
             return
@@ -129,11 +127,11 @@ class WeightExchange(BoundAlgorithm):
         self._queue.scratch.clear()  # a mean needs more of it than messages do
 
     def state_dict(self) -> dict[str, Any]:
-        """The counter; weights are the model's, and equal on all ranks when they are saved."""
+        """Returns the counter; weights are saved with the model, and are equal on all ranks then."""
         return {"rounds": self.rounds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the counter."""
+        """Restores the counter."""
         self.rounds = int(state["rounds"])
 
     def _mean(self, buffer: torch.Tensor) -> Callable[[], None]:
@@ -153,7 +151,7 @@ class WeightExchange(BoundAlgorithm):
         return self.communicator.submit(label, buffer, Step("exchange", self._queue, procedure), is_gradient=False)
 
     def _wait(self) -> None:
-        """Waits for what was started; what follows comes after, on a GPU's current stream too."""
+        """Waits for what was started, and lets a GPU's current stream wait for it too."""
         exchanged, self._exchanged = self._exchanged, []
         if exchanged:
             self.communicator.wait()
