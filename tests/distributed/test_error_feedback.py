@@ -46,6 +46,26 @@ def test_residuals_travel_as_specified(world_size, nodes):
         run_ranks(check, world_size, codec, nodes)
 
 
+def with_default_dtypes(rank, world_size):
+    steps = [few_kinds(rank, step) for step in range(3)]
+    weights = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        with Training(GivenGradients(steps[0]), ByteGrad("int4"), SGD, bucket_cap_mb=0.02) as training:
+            for gradients in steps:
+                training.backward(gradients)
+                training.optimizer.step()
+            weights[dtype] = [parameter.detach().clone() for parameter in training.model.parameters()]
+        torch.set_default_dtype(torch.float32)
+        for one, other in zip(weights[dtype], weights[torch.float32], strict=True):
+            assert_same_bits(one, other, f"default dtype {dtype}")
+
+
+def test_residuals_do_not_take_the_default_dtype():
+    """Catches residuals, or messages between ranks that meet, of whatever dtype the user's script has made the default."""
+    run_ranks(with_default_dtypes, 2)
+
+
 def skip_steps(rank, world_size):
     steps = [[few_kinds(r, step) for r in range(world_size)] for step in range(6)]
     training = Training(GivenGradients(steps[0][rank]), ByteGrad("sign"), SGD, bucket_cap_mb=0.02)

@@ -94,7 +94,7 @@ def init_process_group(
     if backend_of(dist.group.WORLD, torch.device("cpu")) == "gloo":
         # A rank that exited right away would cut off ranks that are still connecting.
         try:
-            dist.all_reduce(torch.zeros(1, device="cpu"))
+            dist.all_reduce(torch.zeros(1, dtype=torch.int32, device="cpu"))
         except BaseException:
             dist.destroy_process_group()
             raise
