@@ -1,4 +1,4 @@
-"""When the moments of an algorithm come, in plain PyTorch: told by an algorithm that writes down what it is asked."""
+"""When the hooks of an algorithm are called, in plain PyTorch: told by an algorithm that writes down what it is asked."""
 
 import contextlib
 import gc
@@ -255,7 +255,7 @@ def skipped_step(rank, world_size):
 
 
 def test_a_step_skipped_on_one_rank_only_changes_nothing_that_peers_see():
-    """Catches moments that depend on the optimizer: rank 0 would exchange weights while rank 1 does not, and hang."""
+    """Catches hooks that depend on the optimizer: rank 0 would exchange weights while rank 1 does not, and hang."""
     first, second = run_ranks(skipped_step, 2)
     assert first == second == ROUND * 4
 

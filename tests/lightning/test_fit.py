@@ -272,7 +272,7 @@ def test_the_strategys_own_collectives(facts: Any) -> None:
 
 
 def test_a_compiled_module_trains_as_with_ddp(facts: Any) -> None:
-    """Catches a strategy that Lightning refuses to compile with, and moments that torch.compile traces away."""
+    """Catches a strategy that Lightning refuses to compile with, and hooks that torch.compile traces away."""
     for ddp, accel, bytegrad in (rank_facts["compiled"] for rank_facts in facts):
         assert torch.equal(ddp, accel)
         assert not torch.equal(ddp, bytegrad)

@@ -1,4 +1,4 @@
-"""When the strategy calls an algorithm: an algorithm that writes down its moments, beside what the model saw.
+"""When the strategy calls an algorithm: an algorithm that writes down its hooks, beside what the model saw.
 
 Catches, each in one of the tests: a moment that comes too early, too late, twice or not at all.
 """
@@ -159,7 +159,7 @@ def _strategy(codec: str | None = None, **kwargs: Any) -> AccelStrategy:
     return AccelStrategy("recording", codec=codec, timeout=timedelta(seconds=40), **kwargs)
 
 
-def _moments(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+def _hook_calls(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     _register()
     seen: dict[str, Any] = {}
 
@@ -197,74 +197,74 @@ def _moments(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def moments(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(_moments, 2, str(tmp_path_factory.mktemp("checkpoints")))
+def hook_calls(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(_hook_calls, 2, str(tmp_path_factory.mktemp("checkpoints")))
 
 
-def test_automatic_optimisation(moments: Any) -> None:
+def test_automatic_optimisation(hook_calls: Any) -> None:
     """Catches before_step ahead of the backward, or after clipping; and an end of fit without consensus."""
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["automatic"] == (STEP * 3 + ["consensus", "teardown"], 3)
 
 
-def test_accumulation_with_validation_between_micro_batches(moments: Any) -> None:
+def test_accumulation_with_validation_between_micro_batches(hook_calls: Any) -> None:
     """Catches a round that a validation's forward begins or ends, and micro-batches that are counted or reduced as rounds."""
     validation = ["consensus", "validate"]
     half = ["forward", "forward"]
     this_round = ["before_forward", *half, *validation, *half, "reduce", "before_step", "clip", "step", *validation]
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["accumulation"] == (this_round * 2 + ["consensus", "teardown"], 2)
 
 
-def test_accumulation_that_ends_early(moments: Any) -> None:
+def test_accumulation_that_ends_early(hook_calls: Any) -> None:
     """Catches a last, shorter round that is left open at the end of an epoch."""
     last = STEP
     first = ["before_forward", "forward", *STEP[1:]]
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["accumulation with a rest"] == (first + last + ["consensus", "teardown"], 2)
 
 
-def test_two_optimizers_are_one_round(moments: Any) -> None:
+def test_two_optimizers_are_one_round(hook_calls: Any) -> None:
     """Catches a second optimizer's step that ends a second round: decentralized averaging twice in a GAN's batch."""
     batch = ["before_forward", "forward", "reduce", "before_step", "step first", "reduce", "step second"]
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["two optimizers"] == (batch * 2 + ["consensus", "teardown"], 2)
 
 
-def test_accumulation_by_hand_is_one_round(moments: Any) -> None:
+def test_accumulation_by_hand_is_one_round(hook_calls: Any) -> None:
     """Catches a forward that ends the round before it although no optimizer has stepped yet."""
     batches = ["before_forward", "forward", "reduce", "reduce", "forward", "reduce", "before_step", "step first"]
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["manual accumulation"] == ([*batches, "reduce", "step second"] * 2 + ["consensus", "teardown"], 2)
 
 
-def test_saving(moments: Any) -> None:
+def test_saving(hook_calls: Any) -> None:
     """Catches files of weights that differ between ranks, and a file saved after fit that has lost the count of rounds."""
-    for seen in moments:
+    for seen in hook_calls:
         events, _ = seen["saving"]
         assert events == STEP * 2 + ["consensus", "save"] + STEP + ["consensus", "teardown"]
         assert seen["after fit"] == ["save"]
         assert seen["rounds saved"] == 3
 
 
-def test_stages_without_training_have_no_moments(moments: Any) -> None:
+def test_stages_without_training_call_no_hooks(hook_calls: Any) -> None:
     """Catches consensus on a replica that was closed, when a stage runs by itself."""
-    for seen in moments:
+    for seen in hook_calls:
         assert seen["stages by themselves"] == ["validate", "test", "predict"]
 
 
 @pytest.mark.parametrize("codec", [None, "int8"])
-def test_a_step_that_the_scaler_skips_is_a_round_on_every_rank(moments: Any, codec: str | None) -> None:
-    """Catches Inf or NaN that a codec hides from the other rank's scaler, and moments that depend on a step having happened."""
+def test_a_step_that_the_scaler_skips_is_a_round_on_every_rank(hook_calls: Any, codec: str | None) -> None:
+    """Catches Inf or NaN that a codec hides from the other rank's scaler, and hooks that depend on a step having happened."""
     skipped = STEP[:-1]
-    for events, rounds, scales, history in (seen[f"skipped {codec}"] for seen in moments):
+    for events, rounds, scales, history in (seen[f"skipped {codec}"] for seen in hooks):
         assert events == (STEP * 2 + skipped + STEP + skipped + STEP + ["consensus", "teardown"])
         assert rounds == 6
         assert scales == [256, 256, 128, 128, 64, 64]
         changed = [not torch.equal(before, after) for before, after in itertools.pairwise(history)]
         assert changed == [True, False, True, False, True]
         assert history.isfinite().all()
-        assert torch.equal(history, moments[0][f"skipped {codec}"][3])
+        assert torch.equal(history, hooks[0][f"skipped {codec}"][3])
 
 
 def _failures(rank: int, world_size: int, folder: str) -> dict[str, Any]:
