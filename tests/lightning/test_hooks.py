@@ -257,14 +257,14 @@ def test_stages_without_training_call_no_hooks(hook_calls: Any) -> None:
 def test_a_step_that_the_scaler_skips_is_a_round_on_every_rank(hook_calls: Any, codec: str | None) -> None:
     """Catches Inf or NaN that a codec hides from the other rank's scaler, and hooks that depend on a step having happened."""
     skipped = STEP[:-1]
-    for events, rounds, scales, history in (seen[f"skipped {codec}"] for seen in hooks):
+    for events, rounds, scales, history in (seen[f"skipped {codec}"] for seen in hook_calls):
         assert events == (STEP * 2 + skipped + STEP + skipped + STEP + ["consensus", "teardown"])
         assert rounds == 6
         assert scales == [256, 256, 128, 128, 64, 64]
         changed = [not torch.equal(before, after) for before, after in itertools.pairwise(history)]
         assert changed == [True, False, True, False, True]
         assert history.isfinite().all()
-        assert torch.equal(history, hooks[0][f"skipped {codec}"][3])
+        assert torch.equal(history, hook_calls[0][f"skipped {codec}"][3])
 
 
 def _failures(rank: int, world_size: int, folder: str) -> dict[str, Any]:
