@@ -1,4 +1,4 @@
-"""SIGTERM without waiting for each other at every batch: see docs/design/0006-sigterm.md."""
+"""SIGTERM on all ranks without a wait at every batch: see docs/design/0006-sigterm.md."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _log = logging.getLogger(__name__)
 
 
 class SigtermRelay:
-    """Takes the place of Lightning's broadcasts of a SIGTERM, in one Trainer and for one fit.
+    """Replaces Lightning's broadcasts of a SIGTERM, in one Trainer and for one fit.
 
     Lightning waits for rank 0 at each batch to learn whether it got the signal, and once more inside the handler. Here the
-    algorithm's own messages carry the news, from any rank. All ranks then meet in a consensus and stop there, so that what
-    callbacks save on the way out is one model.
+    algorithm's own messages carry the news, from any rank. All ranks then meet in a consensus and stop there, so that
+    callbacks save one model on the way out.
 
     Args:
-        trainer: whose loop and signal handler are replaced, on the instances alone.
-        algorithm: with `relays_termination`.
-        reach_consensus: makes weights equal and then calls `stop_if_terminating`. Collective.
+        trainer: Trainer whose loop and signal handler are replaced, on the instances alone.
+        algorithm: Algorithm with `relays_termination`.
+        reach_consensus: Function that makes weights equal and then calls `stop_if_terminating`. Collective.
 
     Attributes:
-        is_possible: False where this Lightning has no such broadcasts; then nothing was replaced.
+        is_possible: Whether this Lightning has such broadcasts; if not, nothing was replaced.
     """
 
     def __init__(self, trainer: Any, algorithm: BoundAlgorithm, reach_consensus: Callable[[], None]) -> None:
@@ -42,14 +42,14 @@ class SigtermRelay:
             connector._sigterm_notifier_fn = self._on_signal
 
     def stop_if_terminating(self) -> None:
-        """Raises Lightning's SIGTERMException if a rank got the signal; after a consensus all ranks do it, or none."""
+        """Raises Lightning's SIGTERMException if a rank got the signal; after a consensus all ranks raise it, or none."""
         if self.is_possible and self._algorithm.is_terminating:
             assert self._exception is not None
             self._trainer._signal_connector.received_sigterm = True
             raise self._exception
 
     def end(self) -> None:
-        """Gives Lightning its own back."""
+        """Puts Lightning's own methods back."""
         for owner, name in self._replaced:
             vars(owner).pop(name, None)
 
