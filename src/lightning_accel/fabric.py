@@ -1,4 +1,4 @@
-"""`AccelStrategy` for Fabric, of the Lightning root in use: `lightning`, unless `lightning_fabric` alone has been imported."""
+"""`AccelStrategy` of Fabric, for the Lightning root in use: `lightning`, unless `lightning_fabric` alone has been imported."""
 
 import sys
 from importlib import import_module

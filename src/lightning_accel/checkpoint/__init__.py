@@ -1,1 +1,1 @@
-"""Checkpoints: what all ranks share, what each rank holds for itself, and how ranks agree on success."""
+"""Checkpoints: what all ranks share, what each rank has of its own, and how ranks agree on success."""

@@ -1,4 +1,4 @@
-"""All ranks raise alike, or none."""
+"""Agreement between ranks: all of them raise, or none does."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ _T = TypeVar("_T")
 
 
 def raise_together(action: Callable[[], _T], what: str, group: dist.ProcessGroup | None = None) -> _T:
-    """Does it on this rank; where it failed on any, all ranks raise alike, so that none goes on alone. Collective.
+    """Runs `action` on this rank, and raises on all ranks if it failed on any, so that none goes on alone. Collective.
+
+    Args:
+        action: Function to run; it must not communicate, since it may fail on some ranks only.
+        what: Verb and object for the error's message: "rank 1 could not <what>".
+        group: Process group of the ranks; None is the default one.
+
+    Returns:
+        What `action` returned on this rank.
 
     Raises:
-        FileNotFoundError: if the first rank that failed raised it, and so ValueError.
-        RuntimeError: if it raised anything else.
+        FileNotFoundError: If the first rank that failed raised it; ValueError likewise.
+        RuntimeError: If the first rank that failed raised anything else.
     """
     error: Exception | None = None
     try:
-        done = action()
+        result = action()
     except Exception as raised:
         error = raised
     name = type(error).__name__
@@ -28,17 +36,16 @@ def raise_together(action: Callable[[], _T], what: str, group: dist.ProcessGroup
         if failure is not None:
             name, message = failure
             raise {"FileNotFoundError": FileNotFoundError, "ValueError": ValueError}.get(name, RuntimeError)(message) from error
-    return done
+    return result
 
 
 def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Rank and world size; alone where there is no process group."""
-    is_alone = not dist.is_initialized()
-    return (0, 1) if is_alone else (dist.get_rank(group), dist.get_world_size(group))
+    """Returns rank and world size; 0 and 1 where no process group is initialised."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value, in rank order. Collective."""
+    """Returns every rank's value, in rank order. Collective."""
     values = [value] * rank_and_world_size(group)[1]
     if len(values) > 1:
         dist.all_gather_object(values, value, group=group)

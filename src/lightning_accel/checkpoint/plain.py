@@ -1,4 +1,4 @@
-"""Checkpoints of a plain PyTorch loop: complete or not there."""
+"""Checkpoints of a plain PyTorch loop, complete or absent."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def save_checkpoint(
 ) -> None:
     """Writes model, optimizers, the algorithm's state and the random generators'; returns once all is complete. Collective.
 
-    The file is written beside its place and then moved there, so that a crash leaves the old one or the new one. What
-    each rank holds for itself is in files of a folder `<path>.ranks`, if the algorithm has any such state.
+    The file is written beside its place and then moved there, so that a crash leaves the old one or the new one. State that each
+    rank has of its own, if the algorithm has any, is in the files of a folder `<path>.ranks`.
 
     Args:
-        path: of the file; all ranks must see it.
-        ddp: from `wrap`; all ranks' weights are made equal first.
-        optimizers: rank 0's states are written; each rank's with an algorithm that lets weights differ between ranks.
-        **extra: whatever else a resumed run needs, such as a gradient scaler's state, as tensors, numbers, strings, lists and
-            dicts; whose is written is decided as for the optimizers.
+        path: Path of the file; all ranks must see it.
+        ddp: Model from `wrap`; all ranks' weights are made equal first.
+        optimizers: Optimizers of the model; rank 0's states are written, or each rank's if the algorithm lets weights differ.
+        **extra: Anything else that a resumed run needs, such as a gradient scaler's state, as tensors, numbers, strings, lists
+            and dicts; rank 0's or each rank's, as for the optimizers.
 
     Raises:
-        RuntimeError: on all ranks, if any of them could not write; what was there before is left as it was.
-        TypeError: for a model that `wrap` has not made.
+        RuntimeError: On all ranks, if any of them could not write; an earlier checkpoint is left as it was.
+        TypeError: For a model that `wrap` has not returned.
     """
     check_wrapped(ddp)
     ddp.replica.consensus()
@@ -56,14 +56,19 @@ def load_checkpoint(
     ddp: AccelDataParallel,
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
 ) -> dict[str, Any]:
-    """Takes up what `save_checkpoint` wrote, and returns its `extra`. Collective; all ranks must see the file.
+    """Restores what `save_checkpoint` wrote, and returns its `extra`. Collective; all ranks must see the file.
 
     Random generators are set, too, if there are as many ranks as there were: call it last before the loop.
 
+    Args:
+        path: Path of the file.
+        ddp: Model from `wrap`.
+        optimizers: Optimizers of the model, as many as were saved, in the same order.
+
     Raises:
-        FileNotFoundError: on all ranks, if there is no such file, or a rank's is missing.
-        ValueError: on all ranks, if a file is torn or no such checkpoint, or holds another number of optimizers.
-        TypeError: for a model that `wrap` has not made.
+        FileNotFoundError: On all ranks, if the file or a rank's file is missing.
+        ValueError: On all ranks, if a file is torn or no such checkpoint, or holds another number of optimizers.
+        TypeError: For a model that `wrap` has not returned.
     """
     check_wrapped(ddp)
     given = _listed(optimizers)
@@ -100,7 +105,7 @@ def _listed(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer])
 
 
 def _check_extra(value: object, place: str = "extra") -> None:
-    """Refuses what could be written but not be read with weights_only: a run that resumes would be the first to find out."""
+    """Refuses types that torch writes but does not read with weights_only; else only a run that resumes would find out."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_extra(key, f"a key of {place}")

@@ -11,7 +11,7 @@ import torch
 
 
 def get_generators() -> dict[str, Any]:
-    """States of the random generators of this process and its CUDA device."""
+    """Returns the states of the random generators of this process and its CUDA device."""
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if (numpy := sys.modules.get("numpy")) is not None:
         name, keys, *rest = numpy.random.get_state()

@@ -1,14 +1,14 @@
-"""What a checkpoint holds of the ranks: what they have in common in it, what each has of its own in files beside it.
+"""A checkpoint and the ranks' files beside it: the first has what all ranks share, the files what each rank has of its own.
 
-Under `KEY` the checkpoint itself has the algorithm's common state, and the ranks' random generators, which are small. What is
-not, residuals, and optimizers where they differ by rank, is written by each rank to a file of its own:
+Under `KEY` the checkpoint itself has the algorithm's common state and the ranks' random generators, which are small. Each rank
+writes the rest, residuals and, where they differ by rank, optimizers, to a file of its own:
 
     last.ckpt
     last.ckpt.ranks/step-1200-9f3c2a1b/rank-0-of-2.pt
                                        rank-1-of-2.pt
 
 The checkpoint names the folder that belongs to it. A save writes a new folder, then the checkpoint, and only then removes
-folders of earlier saves: whoever is killed in between, the checkpoint that is there has its files.
+folders of earlier saves: a rank may be killed at any time, and the checkpoint that is left has its files.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ def save_checkpoint(
 ) -> None:
     """Writes the ranks' files, if there is anything to write, and the checkpoint. Collective.
 
-    Whenever it raises, or is killed, the checkpoint that is there is whole, and has its files.
+    If it raises, or is killed, the checkpoint that is left is whole and has its files.
 
     Args:
-        path: of the checkpoint.
-        state: of the replicas.
-        entries: of the checkpoint that belong into the rank's file, too, if `state.ranks_differ`.
-        write: writes the checkpoint with what it gets under `KEY`; called on all ranks, it may leave the work to rank 0.
-        group: of the ranks; None is the default one.
+        path: Path of the checkpoint.
+        state: State of the replicas.
+        entries: Entries of the checkpoint that go into the rank's file, too, if `state.ranks_differ`.
+        write: Function that writes the checkpoint, with its argument under `KEY`. All ranks call it; rank 0 may do the work.
+        group: Process group of the ranks; None is the default one.
 
     Raises:
-        RuntimeError: on all ranks, if it failed on any.
-        ValueError: on all ranks, if there are files to write and `path` is not a local one.
+        RuntimeError: On all ranks, if it failed on any.
+        ValueError: On all ranks, if there are files to write and `path` is not a local one.
     """
     rank, world_size = rank_and_world_size(group)
     name = f"step-{max(state.rounds, default=0)}-{secrets.token_hex(4)}"
-    said = all_gather((name, state.rounds, state.needs_file, get_generators()), group)
-    folder = said[0][0] if any(needs_file for _, _, needs_file, _ in said) else None
+    gathered = all_gather((name, state.rounds, state.needs_file, get_generators()), group)
+    folder = gathered[0][0] if any(needs_file for _, _, needs_file, _ in gathered) else None
     if folder is not None:
         own = {
             "version": VERSION,
             "folder": folder,
             "rank": rank,
             "world_size": world_size,
-            "rounds": said[0][1],  # the checkpoint's: with async this rank may have finished another number
+            "rounds": gathered[0][1],  # the checkpoint's: with async this rank may have finished another number
             "replicas": state.own,
             "entries": dict(entries) if state.ranks_differ else {},
         }
@@ -75,7 +75,7 @@ def save_checkpoint(
             if rank == 0:
                 remove_files(path, folder)
             raise
-    part = state.part(world_size, [generators for *_, generators in said], folder)
+    part = state.part(world_size, [generators for *_, generators in gathered], folder)
     raise_together(lambda: write(part), f"write {os.fspath(path)}", group)
     if rank == 0:
         remove_files(path, but=folder)
@@ -91,20 +91,19 @@ def load_checkpoint(
     """Reads a checkpoint and this rank's file, and changes nothing. Collective.
 
     Args:
-        path: of the checkpoint.
-        read: reads it.
-        algorithm: of this run.
-        replicas: of this run: how many there are.
-        group: of the ranks; None is the default one.
+        path: Path of the checkpoint.
+        read: Function that reads the checkpoint.
+        algorithm: Name of this run's algorithm.
+        replicas: Number of this run's replicas.
+        group: Process group of the ranks; None is the default one.
 
     Returns:
-        The checkpoint, with the entries that are each rank's own, and what is to be applied afterwards; None if the
-        checkpoint is not one of ours.
+        The checkpoint, with this rank's own entries, and the state to apply afterwards; None if there is none in it.
 
     Raises:
-        FileNotFoundError: on all ranks, if a rank's file is missing; it names the file.
-        ValueError: on all ranks, if a rank's file is torn, or belongs to another save; it names the file.
-        RuntimeError: on all ranks, if it failed otherwise on any.
+        FileNotFoundError: On all ranks, if a rank's file is missing; the message names it.
+        ValueError: On all ranks, if a rank's file is torn or belongs to another save; the message names it.
+        RuntimeError: On all ranks, if it failed on any for another reason.
     """
     rank, world_size = rank_and_world_size(group)
 
@@ -115,7 +114,7 @@ def load_checkpoint(
             return checkpoint, None
         if part.get("version") != VERSION:
             raise ValueError(
-                f"{os.fspath(path)} is of version {part.get('version')}, this is version {VERSION}: update the package"
+                f"{os.fspath(path)} must have version {VERSION}: got version {part.get('version')}. Update the package"
             )
         if part["rank_files"] is None or part["world_size"] != world_size or not fits(part, algorithm, replicas):
             return checkpoint, Restored(part, rank, world_size)
@@ -126,7 +125,7 @@ def load_checkpoint(
 
 
 def remove_files(path: str | os.PathLike[str], folder: str = "step-*", *, but: str | None = None) -> None:
-    """Removes the ranks' files of a checkpoint; one that cannot be removed is logged."""
+    """Removes the ranks' files of a checkpoint, and logs it if that fails."""
     if _is_remote(path):
         return
     folders = _folders(path)
@@ -137,14 +136,14 @@ def remove_files(path: str | os.PathLike[str], folder: str = "step-*", *, but: s
         if folders.exists() and not any(folders.iterdir()):
             folders.rmdir()
     except OSError as error:
-        _log.warning("files of ranks that belong to no checkpoint any more could not be removed: %s", error)
+        _log.warning("the ranks' files of a former checkpoint could not be removed: %s", error)
 
 
 def write_whole(path: Path, saved: dict[str, Any]) -> None:
-    """Writes a file that is complete or not there, and that torch.load reads with weights_only=True.
+    """Writes a file that is complete or absent, and that torch.load reads with weights_only=True.
 
     Raises:
-        TypeError: for a type that torch.load refuses then.
+        TypeError: For a type that such a torch.load refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -187,8 +186,8 @@ def _read_file(path: str | os.PathLike[str], part: dict[str, Any], rank: int) ->
 def _folders(path: str | os.PathLike[str]) -> Path:
     if _is_remote(path):
         raise ValueError(
-            f"{os.fspath(path)} is not a local path: what each rank holds for itself is in files beside the checkpoint, on a "
-            "file system that all ranks share. Give a path of it, without file:// and the like"
+            f"{os.fspath(path)} is not a local path: each rank writes its own state to a file beside the checkpoint, on a file "
+            "system that all ranks share. Give a path of it, without file:// and the like"
         )
     return Path(f"{os.fspath(path)}.ranks")
 

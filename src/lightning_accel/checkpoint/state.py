@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of replicas."""
+"""The replicas' state, as a checkpoint keeps it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from lightning_accel.data_parallel.replica import Replica
 
 _log = logging.getLogger(__name__)
 
-
 KEY = "lightning_accel"
-"""Of our part in a checkpoint; who does not know it leaves it alone."""
-
+"""Key of our part in a checkpoint; other strategies ignore it."""
 
 VERSION = 1
+"""Version of our part and of the ranks' files."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,10 @@ class State:
     """The state of replicas that train with one algorithm, on this rank.
 
     Attributes:
-        algorithm: its name.
-        common: of each replica, what all ranks hold alike.
-        own: of each replica, what this rank holds for itself.
-        ranks_differ: whether optimizers, too, are each rank's own.
+        algorithm: Name of the algorithm.
+        common: Each replica's state that is equal on all ranks.
+        own: Each replica's state that is this rank's own.
+        ranks_differ: Whether weights and optimizers are each rank's own, too.
     """
 
     algorithm: str
@@ -38,7 +37,7 @@ class State:
 
     @classmethod
     def of(cls, algorithm: str, replicas: Sequence[Replica]) -> State:
-        """The state as it is now; tensors are not copied."""
+        """Returns the state as it is now; tensors are not copied."""
         return cls(
             algorithm,
             [replica.state_dict() for replica in replicas],
@@ -48,16 +47,16 @@ class State:
 
     @property
     def needs_file(self) -> bool:
-        """Whether this rank holds anything for itself, but for its random generators."""
+        """Whether this rank has any state of its own beside its random generators."""
         return self.ranks_differ or any(self.own)
 
     @property
     def rounds(self) -> list[int]:
-        """Finished by each replica."""
+        """Number of rounds that each replica has finished."""
         return [common["rounds"] for common in self.common]
 
     def part(self, world_size: int, generators: list[dict[str, Any]] | None = None, folder: str | None = None) -> dict[str, Any]:
-        """What goes into the checkpoint; with neither generators nor folder as one rank can write it alone."""
+        """Returns our part of the checkpoint; without generators and folder, one that a rank can write alone."""
         return {
             "version": VERSION,
             "algorithm": self.algorithm,
@@ -70,13 +69,13 @@ class State:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held for this rank: read and checked, not yet taken up.
+    """What a checkpoint holds for this rank: read and checked, but not applied yet.
 
     Attributes:
-        part: of the checkpoint, under `KEY`.
-        rank: that reads.
-        world_size: of the run that reads.
-        own: of each replica, what this rank held for itself; None where there is no file, or none that fits.
+        part: Our part of the checkpoint, from under `KEY`.
+        rank: Rank of this process.
+        world_size: Number of ranks of this run.
+        own: Each replica's state that is this rank's own; None where no file has it, or none that fits.
     """
 
     part: dict[str, Any]
@@ -85,10 +84,10 @@ class Restored:
     own: list[dict[str, Any]] | None = None
 
     def apply(self, algorithm: str, replicas: Sequence[Replica]) -> bool:
-        """Takes it up, once model and optimizers have been restored; whether the algorithm's state was fitting."""
+        """Applies the state, once model and optimizers are restored; returns whether the algorithm's state fitted."""
         part = self.part
-        is_fitting = fits(part, algorithm, len(replicas))
-        if is_fitting:
+        has_fitted = fits(part, algorithm, len(replicas))
+        if has_fitted:
             for replica, common in zip(replicas, part["replicas"], strict=True):
                 replica.load_state_dict(common)
             if self.own is not None:
@@ -106,7 +105,7 @@ class Restored:
             )
         if part["generators"] is not None and part["world_size"] == self.world_size:
             set_generators(part["generators"][self.rank])
-        return is_fitting
+        return has_fitted
 
     def _warn_of_loss(self) -> None:
         if self.rank != 0:

@@ -1,4 +1,4 @@
-"""Each rank's own part of a dataset."""
+"""A DataLoader for each rank's own part of a dataset."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class EpochSampler(DistributedSampler[Any]):
 def get_dataloader(
     dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False, seed: int = 0, **options: Any
 ) -> DataLoader[Any]:
-    """A DataLoader that gives each rank its own part of a dataset, in a new order each epoch.
+    """Makes a DataLoader that gives each rank its own part of a dataset, in a new order each epoch.
 
     Args:
-        dataset: with a length.
-        shuffle: whether each epoch has an order of its own; `loader.sampler.set_epoch(k)` goes to epoch k, to resume.
-        drop_last: whether the tail that does not fill all ranks' last batches is left out; else samples are repeated.
-        seed: of the order; the same on all ranks.
-        **options: of DataLoader, such as batch_size and num_workers.
+        dataset: Dataset with a length.
+        shuffle: Whether each epoch has an order of its own; `loader.sampler.set_epoch(k)` goes to epoch k, to resume.
+        drop_last: Whether the tail that does not fill all ranks' last batches is left out; else samples are repeated.
+        seed: Seed of the order; the same on all ranks.
+        **options: Arguments of DataLoader, such as batch_size and num_workers.
 
     Raises:
-        ValueError: for `sampler` or `batch_sampler`: this function makes the sampler.
-        RuntimeError: without a default process group.
+        ValueError: For `sampler` or `batch_sampler`: this function makes the sampler.
+        RuntimeError: Without a default process group.
     """
     for name in ("sampler", "batch_sampler"):
         if options.get(name) is not None:

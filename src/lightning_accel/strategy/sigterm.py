@@ -1,4 +1,4 @@
-"""Handles a SIGTERM without a broadcast at every batch; see docs/design/0006-sigterm.md."""
+"""SIGTERM on all ranks without a wait at every batch: see docs/design/0006-sigterm.md."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _log = logging.getLogger(__name__)
 class SigtermRelay:
     """Replaces Lightning's broadcasts of a SIGTERM, in one Trainer and for one fit.
 
-    At each batch Lightning waits for rank 0 to learn whether it got the signal, and once more inside the handler. Here the
+    Lightning waits for rank 0 at each batch to learn whether it got the signal, and once more inside the handler. Here the
     algorithm's own messages carry the news, from any rank. All ranks then meet in a consensus and stop there, so that
     callbacks save one model on the way out.
 
     Args:
         trainer: Trainer whose loop and signal handler are replaced, on the instances alone.
-        algorithm: Algorithm that `relays_termination`.
-        reach_consensus: Collective function that makes weights equal and then calls `stop_if_terminating`.
+        algorithm: Algorithm with `relays_termination`.
+        reach_consensus: Function that makes weights equal and then calls `stop_if_terminating`. Collective.
 
     Attributes:
         is_possible: Whether this Lightning has such broadcasts; if not, nothing was replaced.
@@ -42,14 +42,14 @@ class SigtermRelay:
             connector._sigterm_notifier_fn = self._on_signal
 
     def stop_if_terminating(self) -> None:
-        """Raises Lightning's SIGTERMException if a rank got the signal; after a consensus on all ranks, or on none."""
+        """Raises Lightning's SIGTERMException if a rank got the signal; after a consensus all ranks raise it, or none."""
         if self.is_possible and self._algorithm.is_terminating:
             assert self._exception is not None
             self._trainer._signal_connector.received_sigterm = True
             raise self._exception
 
     def end(self) -> None:
-        """Restores Lightning's own methods."""
+        """Puts Lightning's own methods back."""
         for owner, name in self._replaced:
             vars(owner).pop(name, None)
 
@@ -57,7 +57,7 @@ class SigtermRelay:
         _log.info("rank %d received signal %d: all ranks will save and stop", self._trainer.global_rank, signum)
         launcher = self._trainer.strategy.launcher
         if not self._has_received and launcher is not None:
-            launcher.kill(signum)  # as Lightning does, for the processes that this one has started
+            launcher.kill(signum)  # as Lightning does: to the processes that this one has started
         self._has_received = True
         self._algorithm.request_termination()
 
