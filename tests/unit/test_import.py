@@ -31,6 +31,8 @@ after = state()
 for key in before:
     assert before[key] == after[key], f"importing changed: {key}"
 assert "lightning.pytorch" not in sys.modules and "pytorch_lightning" not in sys.modules
+lightning_accel.QAdam([torch.nn.Parameter(torch.zeros(1))], bagua_compat=True)
+assert state()["module"] == before["module"], "an optimizer changed torch.nn.Module"
 """
 
 

@@ -12,8 +12,8 @@ import torch
 
 from helpers.tensors import assert_same_bits
 from lightning_accel import QAdam, QAdamOptimizer
-from lightning_accel.bagua.qadam import BaguaQAdam
 from lightning_accel.optim import Phase
+from lightning_accel.optim.bagua_qadam import BaguaQAdam
 from lightning_accel.optim.warmup import WarmupAgreement
 
 
@@ -144,7 +144,7 @@ def test_bagua_compat_makes_the_subclass():
 
     assert list(inspect.signature(OfUser).parameters) == ["tensors", "options"]
     assert OfUser(parameters()).param_groups[0]["lr"] == 0.5
-    with pytest.raises(ValueError, match=r"needs a subclass of lightning_accel\.bagua\.qadam\.BaguaQAdam: got OfUser"):
+    with pytest.raises(ValueError, match=r"needs a subclass of lightning_accel\.optim\.bagua_qadam\.BaguaQAdam: got OfUser"):
         OfUser(parameters(), bagua_compat=True)
 
 

@@ -1,8 +1,8 @@
 """Bagua's names over this package, for scripts written for Bagua: put `lightning_accel.` before `bagua` in their imports.
 
 `import lightning_accel.bagua.torch_api as bagua`, or `import lightning_accel.bagua as bagua`, which has the same names.
-Importing it, as `QAdam(bagua_compat=True)` does too, adds `with_bagua` to torch's `nn.Module`, as Bagua does; nothing else in
-the package changes a class of torch's. `docs/migrate.md` lists the differences.
+Importing it adds `with_bagua` to torch's `nn.Module`, as Bagua does; nothing else in the package changes a class of torch's.
+`docs/migrate.md` lists the differences.
 """
 
 from lightning_accel.bagua.torch_api import *  # noqa: F403

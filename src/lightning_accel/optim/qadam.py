@@ -58,7 +58,7 @@ class QAdam(torch.optim.Adam):
         eps: Term added to the root of the variance.
         weight_decay: L2 penalty, or decoupled weight decay as in AdamW.
         decoupled_weight_decay: Whether weight decay is decoupled.
-        bagua_compat: Whether to make a `lightning_accel.bagua.qadam.BaguaQAdam`, which reproduces Bagua's deviations.
+        bagua_compat: Whether to make a `lightning_accel.optim.bagua_qadam.BaguaQAdam`, which reproduces Bagua's deviations.
         foreach: Adam's option, for warm-up.
         fused: Adam's option, for warm-up. If both are None, fused is used where torch has it.
 
@@ -84,8 +84,10 @@ class QAdam(torch.optim.Adam):
 
     def __new__(cls, *args: Any, bagua_compat: bool = False, **options: Any) -> QAdam:
         """Makes an instance of the subclass that `bagua_compat` asks for."""
-        # By name: `optim` imports no module that builds on it.
-        subclass: type[QAdam] = import_module("lightning_accel.bagua.qadam").BaguaQAdam if bagua_compat and cls is QAdam else cls
+        # By name: the module of the subclass imports this one.
+        subclass: type[QAdam] = (
+            import_module("lightning_accel.optim.bagua_qadam").BaguaQAdam if bagua_compat and cls is QAdam else cls
+        )
         optimizer = super().__new__(subclass)
         optimizer._is_attached = False
         # Objects, not numbers: Lightning's LightningOptimizer calls methods on a shallow copy.
@@ -111,7 +113,7 @@ class QAdam(torch.optim.Adam):
             raise ValueError(f"warmup_steps must be a number of steps, at least 1, or 'auto': got {warmup_steps!r}")
         if bagua_compat and not self.bagua_compat:
             raise ValueError(
-                f"bagua_compat=True needs a subclass of lightning_accel.bagua.qadam.BaguaQAdam: got {type(self).__name__}"
+                f"bagua_compat=True needs a subclass of lightning_accel.optim.bagua_qadam.BaguaQAdam: got {type(self).__name__}"
             )
         use_fused = fused is None and foreach is None and self.prefers_fused
         super().__init__(
