@@ -173,8 +173,8 @@ class Loop:
                     yield from self._micro_batch(synced=False)
                 for _ in range(train.backwards):
                     yield from self._micro_batch(synced=True)
-            for stepping in steps if optimizer is None else [optimizer]:
-                yield from self._step(stepping, skips=skips)
+                for stepping in steps if optimizer is None else [optimizer]:
+                    yield from self._step(stepping, skips=skips)
             self._zero_grad()
 
     def _micro_batch(self, *, synced: bool) -> Iterator[Moment]:

@@ -158,6 +158,7 @@ class Program(_Short):
         return self.algorithm == "bytegrad" and (codec in ("int4", "sign") if chosen is None else chosen)
 
 
+_seldom = st.sampled_from((False, False, False, True))
 BUCKETS = st.sampled_from((25.0, 0.0001, 0.001))
 
 
@@ -181,7 +182,10 @@ def programs(draw: st.DrawFn, algorithms: tuple[str, ...] = ALGORITHMS) -> Progr
         optimizers=tuple(optimizers),
         bucket_cap_mb=draw(BUCKETS),
     )
-    operations = draw(st.lists(_operations(program), min_size=1, max_size=5))
+    operations = draw(st.lists(_operations(program), min_size=1, max_size=4))
+    if draw(st.integers(0, 9)) == 9:  # these take as long as a timeout
+        kind, rank = draw(st.sampled_from((Fail, ExtraRound))), draw(st.integers(0, ranks - 1))
+        operations.insert(draw(st.integers(0, len(operations))), kind(rank))
     return replace(program, operations=tuple(operations))
 
 
@@ -215,12 +219,12 @@ def _models(draw: st.DrawFn, *, is_gradient: bool) -> Model:
     return Model(
         widths=tuple(draw(st.lists(sizes, min_size=2, max_size=4))),
         embedding=draw(st.sampled_from((0, 5, 600))),
-        batch_norm=draw(st.booleans()),
-        tied=draw(st.booleans()),
-        frozen=draw(st.booleans()),
-        teacher=draw(st.booleans()),
-        growing=not is_gradient and draw(st.booleans()),  # DDP itself broadcasts buffers, and cannot do it
-        last_dtype=draw(st.sampled_from(("float32", "float64", "bfloat16"))),
+        batch_norm=draw(_seldom),
+        tied=draw(_seldom),
+        frozen=draw(_seldom),
+        teacher=draw(_seldom),
+        growing=not is_gradient and draw(_seldom) and draw(_seldom),  # DDP itself broadcasts buffers, and cannot do it
+        last_dtype=draw(st.sampled_from(("float32", "float32", "float64", "bfloat16"))),
     )
 
 
@@ -232,7 +236,7 @@ def _optimizers(draw: st.DrawFn, algorithm: str) -> Optimizer:
 
 
 def _operations(program: Program) -> st.SearchStrategy[Operation]:
-    """Operations, those that end a program being rare."""
+    """Operations that go well."""
     ranks = st.integers(0, program.ranks - 1)
     if program.exchanges_weights:
         skips = st.lists(ranks, max_size=program.ranks, unique=True).map(lambda skipped: tuple(sorted(skipped)))
@@ -240,11 +244,11 @@ def _operations(program: Program) -> st.SearchStrategy[Operation]:
         skips = st.sampled_from(((), tuple(range(program.ranks))))
     trains = st.builds(
         Train,
-        times=st.sampled_from((1, 2, 3, 20)),
+        times=st.sampled_from((1, 1, 1, 2, 2, 3, 30 if program.has_feedback else 12)),
         unsynced=st.sampled_from((0, 1)),
-        backwards=st.just(1) if program.algorithm == "qadam" else st.sampled_from((1, 2, 4)),
-        toggled=st.just(False) if program.algorithm in ("async", "qadam") else st.booleans(),
-        only=st.none() if program.algorithm == "qadam" else st.sampled_from((None, 0, 1)),
+        backwards=st.just(1) if program.algorithm == "qadam" else st.sampled_from((1, 1, 1, 3)),
+        toggled=st.just(False) if program.algorithm in ("async", "qadam") else _seldom,
+        only=st.none() if program.algorithm == "qadam" else st.sampled_from((None, None, 0, 1)),
         skipped_on=st.one_of(st.just(()), skips),
     )
     evaluations = st.builds(Evaluate, accumulating=st.booleans(), ema=st.booleans())
@@ -252,6 +256,6 @@ def _operations(program: Program) -> st.SearchStrategy[Operation]:
         rare = [st.builds(Resume, BUCKETS)]
     else:
         rare = [st.builds(Resume, BUCKETS), st.builds(Remake, st.integers(0, 2))]
-    endings = st.one_of(st.builds(Fail, ranks), st.builds(ExtraRound, ranks))
-    common = st.one_of(trains, trains, trains, evaluations, *rare)
-    return st.integers(0, 11).flatmap(lambda dice: endings if dice == 11 else common)
+    # Not one_of: it takes a strategy that is named twice once.
+    weighted = [trains] * 8 + [evaluations] * 3 + rare * 2
+    return st.integers(0, len(weighted) - 1).flatmap(weighted.__getitem__)

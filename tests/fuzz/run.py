@@ -29,13 +29,13 @@ from fuzz.loop import Loop, Planned
 from fuzz.programs import Program, Resume
 from helpers.ranks import PRELOADED
 
-COLLECTIVE_SECONDS = 10.0
+COLLECTIVE_SECONDS = 5.0
 """Timeout of a collective."""
 
-PROGRAM_SECONDS = 25.0
+PROGRAM_SECONDS = 20.0
 """Time for a program; then it is stuck."""
 
-GRACE_SECONDS = 14.0
+GRACE_SECONDS = 12.0
 """Time for the other ranks, once one has failed: the timeout of a collective, and some."""
 
 _PROGRAMS_A_PROCESS = 400
@@ -55,7 +55,7 @@ class Outcome:
         trainable: Names of the parameters that need a gradient.
         drift: How far each weight is from its start.
         updates, paths, applied: See `Loop`.
-        peaks: Largest gradient of any rank, by name; of simulations.
+        peaks: Largest gradient of any rank, times the number of optimizers that have used it, by name; of simulations.
     """
 
     status: str
@@ -95,6 +95,7 @@ class Pool:
         self._context.set_forkserver_preload([*PRELOADED, "lightning_accel.data_parallel.wrap", "fuzz.run"])
         self._ranks: dict[int, list[tuple[multiprocessing.Process, connection.Connection]]] = {}
         self._runs: dict[int, int] = {}
+        self.programs = 0
 
     def __enter__(self) -> Pool:
         return self
@@ -106,6 +107,7 @@ class Pool:
     def run(self, program: Program) -> list[Outcome]:
         """Runs a program on all of its ranks, in bounded time."""
         n = program.ranks
+        self.programs += 1
         if self._runs.get(n, 0) >= _PROGRAMS_A_PROCESS:
             self._end(n)
         if n not in self._ranks:

@@ -42,7 +42,7 @@ def simulate(program: Program) -> list[Outcome]:
         moments = [next(run, None) for run in runs]
         if moments[0] is None:
             outcomes = [outcome_of(loop) for loop in simulation.loops]
-            outcomes[0].peaks = simulation.peaks
+            outcomes[0].peaks = simulation.peaks_of_uses()
             return outcomes
         simulation.at(moments)
 
@@ -80,6 +80,11 @@ class _Simulation:
 
     def at(self, moments: Sequence[Any]) -> None:
         getattr(self, f"_{moments[0].what}")(moments)
+
+    def peaks_of_uses(self) -> dict[str, float]:
+        """The largest gradient of any rank, times the number of optimizers that have used it, by name."""
+        owned = [id(p) for optimizer in self.loops[0].optimizers for group in optimizer.param_groups for p in group["params"]]
+        return {name: self.peaks[name] * owned.count(id(p)) for name, p in self.loops[0].network.named_parameters() if name in self.peaks}
 
     def weights(self) -> list[list[torch.nn.Parameter]]:
         """Of each rank: those that are trained, also while toggled off."""
