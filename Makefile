@@ -20,7 +20,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
 NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name CMakeLists.txt \))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format native cuda bench docs cuda-check cuda-site cuda-tests cuda-sanitize clean
+.PHONY: help venv demo test fuzz lint format native cuda bench docs cuda-check cuda-site cuda-tests cuda-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ demo: $(STAMP)  ## trains a small network on two processes of this machine
 
 test: $(STAMP)  ## the tests; `make test ARGS="tests/unit -k int8"` runs some
 	$(BIN)/python -m pytest $(ARGS)
+
+SECONDS ?= 600
+fuzz: $(STAMP)  ## random training programs for SECONDS=600, on several ranks; prints what it found
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m fuzz.hunt --seconds $(SECONDS) $(ARGS)
 
 lint: $(STAMP)  ## style, formatting and types, Python and C++
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from fuzz.checks import Finding, check
@@ -19,7 +20,7 @@ SHRINKING_SECONDS = 40.0
 
 @dataclass
 class Found:
-    """What was found first, and how small it became."""
+    """What was found first, how small it became, and after what search; making programs smaller is none."""
 
     finding: Finding
     seconds: float
@@ -54,6 +55,8 @@ class Hunt:
         self._started = time.monotonic()
         self._cache: dict[str, list[Finding]] = {}
         self._shrinking: tuple[str, float] | None = None
+        self._searched_programs = 0
+        self._shrunk_seconds = 0.0
 
     def run(self, first_seed: int) -> None:
         """Searches, with one seed after the other."""
@@ -64,6 +67,7 @@ class Hunt:
                 self._search(number)
             except _Failing:
                 assert self._shrinking is not None
+                self._shrunk_seconds += time.monotonic() - self._shrinking[1]
             number += 1
 
     def _search(self, number: int) -> None:
@@ -89,9 +93,11 @@ class Hunt:
                 return
             self._cache[key] = check(program, self.pool)
             if self._shrinking is None:
+                self._searched_programs += 1
                 self.kinds[program.algorithm] += 1
                 self.kinds.update(type(operation).__name__ for operation in program.operations)
-        if any([self._fails(finding, key, number) for finding in self._cache[key]]):
+        failing = [finding for finding in self._cache[key] if self._fails(finding, key, number)]
+        if failing:
             raise _Failing
 
     def _fails(self, finding: Finding, key: str, number: int) -> bool:
@@ -106,7 +112,7 @@ class Hunt:
         elif signature in self.found:
             self.found[signature].seen += 1
         else:
-            self.found[signature] = Found(finding, self._elapsed(), self.pool.programs, number)
+            self.found[signature] = Found(finding, self._elapsed() - self._shrunk_seconds, self._searched_programs, number)
             self._shrinking = signature, time.monotonic()
             return True
         return False
@@ -121,7 +127,11 @@ class Hunt:
 
     def report(self) -> str:
         """What ran and what was found, as Python to paste into test_found.py."""
-        lines = [f"{self.pool.programs} programs in {self._elapsed():.0f} s", f"kinds: {dict(self.kinds.most_common())}"]
+        searched = f"{self._searched_programs} programs in {self._elapsed() - self._shrunk_seconds:.0f} s of search"
+        lines = [
+            f"{searched}; {self.pool.programs} runs in {self._elapsed():.0f} s, with twins and shrinking",
+            f"kinds: {dict(self.kinds.most_common())}",
+        ]
         lines += [f"expected, {count} times: {reason}" for reason, count in self.expected.most_common()]
         for signature, found in self.found.items():
             lines.append(
@@ -139,6 +149,7 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--known", action="store_true", help="report known defects too")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as on the ranks: sums of more threads have other bits
     with Pool() as pool:
         hunt = Hunt(pool, options.seconds, tuple(options.algorithms), ignores_known=not options.known)
         try:

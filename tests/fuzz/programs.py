@@ -124,7 +124,7 @@ class Program(_Short):
     optimizers: tuple[Optimizer, ...] = (Optimizer(),)
     operations: tuple[Operation, ...] = (Train(),)
     bucket_cap_mb: float = 25.0
-    lr: float = 0.05
+    lr: float = 0.02
     uninterrupted: bool = False
     """Whether `Resume` only saves."""
 
@@ -195,7 +195,7 @@ def _options(draw: st.DrawFn, algorithm: str, peers: int) -> dict[str, Any]:
     if algorithm == "bytegrad":
         options["codec"] = draw(st.sampled_from(CODECS))
         if options["codec"] != "none":
-            options["error_feedback"] = draw(st.sampled_from((None, True, False)))
+            options["error_feedback"] = draw(st.sampled_from((None, True, True, False)))
     elif algorithm == "qadam":
         options["codec"] = draw(st.sampled_from(CODECS))
     elif algorithm == "gradient_allreduce":

@@ -1,7 +1,7 @@
 """How ranks run a program: resident processes that take programs over pipes, and are made anew after a failure.
 
-Threads of one process work too (real gloo, `torch.distributed`'s world made local to threads), but are half as fast, share torch's
-random generators, and an abort on one rank would end all.
+Threads of one process work too (real gloo, `torch.distributed`'s world made local to threads). But they are half as fast, they
+share torch's random generators, and an abort on one rank ends all.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _resume_in(folder: Path) -> Any:
     return resume
 
 
-_FOREIGN = re.compile(r"gloo|\.cc:\d|\.cpp:\d|Connection closed|Connection reset|Broken pipe|Timed out|Socket Timeout", re.IGNORECASE)
+_FOREIGN = re.compile(r"gloo|\.c(c|pp):\d|Connection (closed|reset)|Broken pipe|Timed out|Socket Timeout", re.IGNORECASE)
 
 
 def _is_typed(error: BaseException) -> bool:

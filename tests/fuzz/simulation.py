@@ -1,4 +1,4 @@
-"""A program with all ranks in this process: plain models, and what `lightning_accel.reference` says wherever ranks communicate."""
+"""A program with all ranks in this process: plain models, and `lightning_accel.reference` wherever ranks communicate."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ class _Simulation:
 
     def peaks_of_uses(self) -> dict[str, float]:
         """The largest gradient of any rank, times the number of optimizers that have used it, by name."""
-        owned = [id(p) for optimizer in self.loops[0].optimizers for group in optimizer.param_groups for p in group["params"]]
-        return {name: self.peaks[name] * owned.count(id(p)) for name, p in self.loops[0].network.named_parameters() if name in self.peaks}
+        loop = self.loops[0]
+        owned = [id(p) for optimizer in loop.optimizers for group in optimizer.param_groups for p in group["params"]]
+        named = loop.network.named_parameters()
+        return {name: self.peaks[name] * owned.count(id(p)) for name, p in named if name in self.peaks}
 
     def weights(self) -> list[list[torch.nn.Parameter]]:
         """Of each rank: those that are trained, also while toggled off."""
@@ -183,7 +185,7 @@ class _Simulation:
         self._rounds += 1
 
     def _new_ring(self, weights: list[torch.nn.Parameter]) -> LowPrecisionDecentralized:
-        values = [weight.detach() for weight in weights]
+        values = [weight.detach().clone() for weight in weights]
         return LowPrecisionDecentralized(values, self.program.ranks, self.program.options.get("codec", "int8"), nodes=self.nodes)
 
     @torch.no_grad()
