@@ -65,6 +65,8 @@ def _findings(program: Program, pool: Pool) -> Iterator[Finding]:
         yield found(*wrong)
     if any(outcome.status != "done" for outcome in outcomes):
         return
+    if not_finite(program, outcomes) and not_finite(program, _at_full_precision(program)):
+        return  # it diverges by itself
     for rule in (not_finite, ranks_differ, lost_steps):
         if wrong := rule(program, outcomes):
             yield found(*wrong)
@@ -91,9 +93,12 @@ def _findings(program: Program, pool: Pool) -> Iterator[Finding]:
             yield found(kind, wrong)
     if program.has_feedback:
         still = replace(program, lr=0.0)
-        exactly = simulate(replace(still, algorithm="gradient_allreduce", options={}, uninterrupted=True))
-        if wrong := kept_back(program, pool.run(still), exactly):
+        if wrong := kept_back(program, pool.run(still), _at_full_precision(still)):
             yield found("error feedback loses", wrong)
+
+
+def _at_full_precision(program: Program) -> list[Outcome]:
+    return simulate(replace(program, algorithm="gradient_allreduce", options={}, uninterrupted=True))
 
 
 def failure(program: Program, outcomes: Sequence[Outcome]) -> tuple[str, str] | None:

@@ -25,6 +25,8 @@ def can_simulate(program: Program) -> bool:
         return False
     if program.has_feedback and any(train.backwards > 1 for train in program.trains):
         return False  # checks.py bounds what is lost instead
+    if not is_exact(program) and any(optimizer.kind == "adam" for optimizer in program.optimizers):
+        return False  # Adam makes whole steps of the last bits
     return all(optimizer.told for optimizer in program.optimizers) and not program.has(Remake)
 
 
