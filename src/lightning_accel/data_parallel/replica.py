@@ -51,18 +51,23 @@ class Replica:
         device = next((p.device for p in parameters.tensors if p.requires_grad), torch.device("cpu"))
         topology = discover(ddp.process_group, node_name)
         self.communicator = Communicator(algorithm.name, ddp.process_group, device, timeout, topology)
-        context = Context(ddp, parameters, self.communicator)
+        try:
+            self._attach(Context(ddp, parameters, self.communicator), algorithm, list(optimizers))
+        except BaseException:
+            self.communicator.close()  # a thread that was started would stay
+            raise
+
+    def _attach(self, context: Context, algorithm: Algorithm, optimizers: list[torch.optim.Optimizer]) -> None:
         self.algorithm: BoundAlgorithm = algorithm.bind(context)
-        optimizers = list(optimizers)
         self._rounds = Rounds(steps_end_rounds=bool(optimizers))
-        self._hook = DDPHook(ddp, self.algorithm, self._rounds.reduce)
+        self._hook = DDPHook(context.ddp, self.algorithm, self._rounds.reduce)
         self._frozen = FrozenWeights(context)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._is_closed = False
         self._may_differ = False
         # Kept out of what torch.compile traces: the algorithm's hooks are side effects.
         forward_hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
-        self._handles: list[Any] = [ddp.register_forward_pre_hook(forward_hook)]
+        self._handles: list[Any] = [context.ddp.register_forward_pre_hook(forward_hook)]
         # Weak, as DDP's reference to the hook is: optimizers outlive replicas.
         step_hook = partial(_before_optimizer_step, weakref.ref(self))
         self._handles += [optimizer.register_step_pre_hook(step_hook) for optimizer in optimizers]

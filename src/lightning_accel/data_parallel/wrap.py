@@ -16,6 +16,7 @@ from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.algorithms.registry import algorithm_options, check_keywords, reserve_keywords
 from lightning_accel.background.statistics import Statistics
 from lightning_accel.data_parallel.replica import Replica
+from lightning_accel.data_parallel.same_model import check_same_model
 
 DDP_ARGUMENTS = dict(list(inspect.signature(DistributedDataParallel).parameters.items())[1:])
 """Arguments of DistributedDataParallel but for the module."""
@@ -81,7 +82,7 @@ def wrap(
             gradient_as_bucket_view is True unless given.
 
     Raises:
-        ValueError: For an unknown algorithm or a wrong value of an option.
+        ValueError: For an unknown algorithm or a wrong value of an option; on all ranks, if the model is not the same on all.
         TypeError: For a keyword that neither of both takes, or a model or an optimizer that is none.
 
     Example:
@@ -100,6 +101,7 @@ def wrap(
     chosen = make_algorithm(algorithm, options)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
+    check_same_model(chosen.name, model, ddp_kwargs)
     ddp = AccelDataParallel(model, **{**defaults, **ddp_kwargs})
     ddp.replica = Replica(ddp, chosen, optimizers, timeout=timeout)
     return ddp

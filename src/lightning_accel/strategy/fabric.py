@@ -15,6 +15,7 @@ import lightning_accel_autoload
 from lightning_accel.algorithms import Algorithm
 from lightning_accel.checkpoint.state import KEY
 from lightning_accel.data_parallel.replica import Replica
+from lightning_accel.data_parallel.same_model import check_same_model
 from lightning_accel.strategy.checkpoints import Checkpoints, already_read
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay
@@ -66,6 +67,7 @@ class FabricStrategy(_Base):
         """Wraps the module in DDP and attaches the algorithm. Collective."""
         if not self._algorithm.keeps_gradients:
             check_gradients_stay(self._algorithm.name, None, self.precision)
+        check_same_model(self._algorithm.name, module, self._ddp_kwargs)
         ddp: DistributedDataParallel = super().setup_module(module)
         self._replicas.append((ddp, Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")))
         return ddp

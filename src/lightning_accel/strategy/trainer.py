@@ -18,6 +18,7 @@ from lightning_accel.checkpoint import rank_files
 from lightning_accel.checkpoint.agreement import raise_together
 from lightning_accel.checkpoint.state import KEY, State
 from lightning_accel.data_parallel.replica import Replica
+from lightning_accel.data_parallel.same_model import check_same_model
 from lightning_accel.strategy.checkpoints import Checkpoints, check_checkpoint_io
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay
@@ -72,6 +73,11 @@ class TrainerStrategy(_Base):
         # Lightning knows the device from here on, and has not started any process yet.
         check_device(self.root_device, "Trainer")
         super()._configure_launcher()
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        check_same_model(self._algorithm.name, model, self._ddp_kwargs)
+        ddp: DistributedDataParallel = super()._setup_model(model)
+        return ddp
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only; ours communicates, so it is registered always.

@@ -16,6 +16,7 @@ class FlatWeights:
     Args:
         tensors: Weights of a replica in the order of `named_parameters`, or its buffers; one that is given twice counts once.
         widen: Whether the float32 buffer holds float16 and bfloat16 tensors too.
+        device: Device of the buffers; None takes that of the first tensor of each.
 
     Attributes:
         dtypes: Dtypes of the buffers, in the order in which they first occur.
@@ -23,7 +24,7 @@ class FlatWeights:
         parts: For each buffer, the number of elements of each tensor in it.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], *, widen: bool = False) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, widen: bool = False, device: torch.device | None = None) -> None:
         halves = (torch.float16, torch.bfloat16) if widen else ()
         groups: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in {id(tensor): tensor for tensor in tensors}.values():
@@ -32,16 +33,17 @@ class FlatWeights:
         self._tensors = list(groups.values())
         self.parts = [[tensor.numel() for tensor in group] for group in self._tensors]
         self.numels = [sum(part) for part in self.parts]
+        self._device = device
         self._views: dict[int, list[torch.Tensor]] = {}
 
     def allocate(self, multiple: int = 1) -> list[torch.Tensor]:
-        """Makes a buffer of zeros for each dtype, on the tensors' device, padded to a multiple of `multiple` elements.
+        """Makes a buffer of zeros for each dtype, padded to a multiple of `multiple` elements.
 
         This object keeps views into the buffers.
         """
         buffers = []
         for group, dtype, numel in zip(self._tensors, self.dtypes, self.numels, strict=True):
-            buffer = torch.zeros(-(-numel // multiple) * multiple, dtype=dtype, device=group[0].device)
+            buffer = torch.zeros(-(-numel // multiple) * multiple, dtype=dtype, device=self._device or group[0].device)
             self._views[id(buffer)] = _views(buffer[:numel], group)  # the views keep the buffer, and with it its id
             buffers.append(buffer)
         return buffers

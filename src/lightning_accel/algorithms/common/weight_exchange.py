@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_accel.algorithms.base import BoundAlgorithm, Context
+from lightning_accel.algorithms.common.consensus import Consensus
 from lightning_accel.algorithms.common.flat_weights import FlatWeights
 from lightning_accel.background.comm_queue import Step
 from lightning_accel.collectives import weight_means
@@ -29,7 +30,7 @@ class WeightExchange(BoundAlgorithm):
         widen: Whether float16 and bfloat16 weights are exchanged as float32.
 
     Raises:
-        ValueError: if weights cannot be sent; on all ranks alike, before anything is sent.
+        ValueError: If weights cannot be sent, or ranks hold different ones; on all ranks alike, before any is sent.
     """
 
     ranks_differ = True
@@ -39,7 +40,6 @@ class WeightExchange(BoundAlgorithm):
         ddp, communicator = context.ddp, self.communicator
         named = zip(context.parameters.names, context.parameters.tensors, strict=True)
         own = {name: p for name, p in named if name not in ddp.parameters_to_ignore}
-        # Frozen weights are equal everywhere, as long as they are frozen: the replica sees to that.
         trainable = {name: p for name, p in own.items() if p.requires_grad}
         for name, tensor in trainable.items():
             if tensor.dtype not in DTYPES:
@@ -50,6 +50,7 @@ class WeightExchange(BoundAlgorithm):
         else:
             self._queue = communicator.open_queue("all")
             self.intra_node, self.inter_node = Group(None), self._queue.group
+        self._consensus = Consensus(context, self._queue, self.intra_node, self.inter_node, trainable)
         self.rounds = 0
         """Number of rounds finished so far."""
         self.weights = FlatWeights(list(trainable.values()), widen=widen)
@@ -100,31 +101,11 @@ class WeightExchange(BoundAlgorithm):
             self.weights.scatter(self.buffers)
 
     def consensus(self) -> None:
-        """Gives all ranks the mean of their weights, floating buffers and averages; other tensors are copied from rank 0.
-
-        Waits for an exchange in flight and drops it. Gradients stay.
-        """
+        """Gives all ranks one model, see `Consensus`. Waits for an exchange in flight and drops it. Gradients stay."""
         if self.communicator.world_size == 1:
             return
         self._wait()
-        ddp, n = self.context.ddp, self.communicator.world_size
-        tensors = [buffer for name, buffer in ddp.module.named_buffers() if name not in ddp.parameters_to_ignore]
-        averages = [tensor for module in self.averages for tensor in (*module.parameters(), *module.buffers())]
-        tensors += [tensor for tensor in averages if tensor.device == self.buffers[0].device]
-        floating = FlatWeights([tensor for tensor in tensors if tensor.dtype in DTYPES])
-        others = FlatWeights([tensor for tensor in tensors if tensor.dtype not in DTYPES])
-        exchanged = [
-            (self.weights, self.buffers, self._mean),
-            (floating, floating.allocate(multiple=n), self._mean),
-            (others, others.allocate(), self._broadcast),
-        ]
-        for flat, targets, procedure in exchanged:
-            flat.gather(targets)
-            self._exchanged += [self._submit("consensus", target, procedure(target)) for target in targets]
-        self._wait()
-        for flat, targets, _ in exchanged:
-            flat.scatter(targets)
-        self._queue.scratch.clear()  # a mean needs more of it than messages do
+        self._consensus.reach(self.weights, self.buffers, self.averages)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter; weights are saved with the model, and are equal on all ranks then."""
@@ -133,19 +114,6 @@ class WeightExchange(BoundAlgorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the counter."""
         self.rounds = int(state["rounds"])
-
-    def _mean(self, buffer: torch.Tensor) -> Callable[[], None]:
-        scratch = self._queue.scratch
-        return lambda: weight_means.mean(
-            buffer, self.intra_node, scratch, lambda share: weight_means.mean(share, self.inter_node, scratch)
-        )
-
-    def _broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
-        def procedure() -> None:
-            for group in (self.inter_node, self.intra_node):
-                group.broadcast(buffer.view(torch.uint8))
-
-        return procedure
 
     def _submit(self, label: str, buffer: torch.Tensor, procedure: Callable[[], None]) -> torch.futures.Future[torch.Tensor]:
         return self.communicator.submit(label, buffer, Step("exchange", self._queue, procedure), is_gradient=False)
