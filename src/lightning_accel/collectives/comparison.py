@@ -46,12 +46,15 @@ def describe(tensor: torch.Tensor) -> str:
     if tensor.is_nested:
         return f"a nested {tensor.dtype}"
     kind = "" if tensor.layout is torch.strided else f" ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_conj() or tensor.is_neg():
+        kind = " (conjugated or negated when it is read)"
     return f"{tensor.dtype}{kind} of shape {tuple(tensor.shape)}" + (" on the meta device" if tensor.is_meta else "")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor is an ordinary one, whose bits can be compared and sent."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    is_strided = tensor.layout is torch.strided and not tensor.is_nested
+    return is_strided and not tensor.is_quantized and not tensor.is_conj() and not tensor.is_neg()
 
 
 def layout_digest(layout: Layout) -> bytes:
@@ -102,7 +105,7 @@ def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         torch._foreach_copy_([row.view(tensor.dtype).view(tensor.shape) for row, tensor in pairs], [t for _, t in pairs])
         found[small] = _row_sums(rows.view(-1))
     for place in {*range(len(tensors))} - {*small}:
-        sums = tensors[place].detach().resolve_conj().resolve_neg().contiguous().view(-1)
+        sums = tensors[place].detach().contiguous().view(-1)
         while sums.numel() > 1:
             sums = _row_sums(sums.view(torch.uint8))
         found[place] = sums[0]
