@@ -7,14 +7,10 @@ BIN := $(VENV)/bin
 # The editable install knows each Python file by its name. So the stamp's name depends on these names: after a file was added,
 # moved or removed there is no such stamp, and the package is installed again.
 STAMP := $(VENV)/.installed-$(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
-GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 NVCC := $(firstword $(CUDACXX) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
-# Compiling for every GPU takes minutes, and without a GPU nothing would run what it makes (`make cuda` proves that it
-# compiles). So the environment has CUDA kernels only where a GPU is, and for that GPU alone.
-ACCEL_CUDA ?= $(if $(and $(GPU),$(NVCC)),ON,OFF)
-EDITABLE_OPTIONS = --config-settings=cmake.define.ACCEL_CUDA=$(ACCEL_CUDA) \
-  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(if $(GPU),native,all-major)
+# AUTO: the environment has CUDA kernels where a GPU is, and for that GPU alone. `make cuda` compiles them for every GPU.
+ACCEL_CUDA ?= AUTO
 
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt
 NATIVE_FILES := $(shell find native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name CMakeLists.txt \))
@@ -37,7 +33,7 @@ $(STAMP): $(BUILD_FILES) $(NATIVE_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "scikit-build-core>=1.0" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	  $(EDITABLE_OPTIONS) --editable '.[dev]'
+	  --config-settings=cmake.define.ACCEL_CUDA=$(ACCEL_CUDA) --editable '.[dev]'
 	rm -f $(VENV)/.installed*
 	touch $@
 

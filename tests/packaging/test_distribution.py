@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_accel
+
 pytest.importorskip("build", reason="the extra `dev` is not installed")
 pytest.importorskip("scikit_build_core", reason="the extra `dev` is not installed")
 
@@ -93,6 +95,8 @@ def test_wheel_has_the_licence_and_the_entry_point(wheel):
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     points = configparser.ConfigParser()
     points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert f"\nVersion: {lightning_accel.__version__}\n" in metadata
     assert dict(points["torch.backends"]) == {"lightning_accel": "lightning_accel_autoload:activate"}
 
 
