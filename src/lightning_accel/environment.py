@@ -30,6 +30,17 @@ def variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
+_TRAINING_VARIABLES = re.compile(
+    "(NCCL|GLOO|TORCH|TORCHELASTIC|OMP|MKL|CUDA|LIGHTNING_ACCEL|PL|SLURM_STEP|OMPI_COMM_WORLD|PMI|MASTER)_.*"
+    "|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK"
+)
+
+
+def training_variables() -> dict[str, str]:
+    """Returns the environment variables that training, its launchers and its libraries look at."""
+    return {name: value for name, value in sorted(os.environ.items()) if _TRAINING_VARIABLES.fullmatch(name)}
+
+
 def torchrun_attempt() -> str | None:
     """Returns the number of torchrun's attempt, from "0" on, if torchrun's agent hosts the rendezvous store, else None."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None

@@ -1,13 +1,26 @@
 """The command `lightning-accel`, as users call it."""
 
+import argparse
+import contextlib
+import io
+import json
+import re
 import signal
 import socket
 import sys
+from importlib.metadata import version
 
 import pytest
+import torch
 
+import lightning_accel
 from helpers import programs
-from lightning_accel.launch import cli
+from helpers.ranks import run_ranks
+from helpers.tensors import CODECS
+from lightning_accel import _native
+from lightning_accel.algorithms import algorithm_names
+from lightning_accel.launch import cli, report, self_test
+from lightning_accel.launch.arguments import interface
 
 SCRIPT = """
 import os, signal, sys
@@ -80,20 +93,138 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
 
 
 def test_env_says_who_this_process_is():
-    """Catches a command that needs what it is to find out."""
+    """Catches a command that needs what it is to find out, and a machine that each of its processes describes once more."""
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     done = command("env", **variables)
     assert (done.returncode, done.stdout[:47]) == (0, "started by torchrun: rank=1 (RANK), world_size=")
+    assert done.stdout.count("\n") == 1
     done = command("env", **variables | {"RANK": "2"})
     assert done.returncode == 1
     assert done.stderr.startswith("lightning-accel env: rank must be")
     assert done.stderr.count("\n") == 1
 
 
+def test_env_tells_what_training_finds_here(monkeypatch, capsys):
+    """Catches a bug report that leaves out what is asked for first, and facts that JSON cannot hold."""
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert cli.main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["process"]["world_size"] == 1
+    assert facts["versions"] | {"torch": version("torch"), "lightning-accel": lightning_accel.__version__} == facts["versions"]
+    assert {"python", "lightning"} <= facts["versions"].keys()
+    assert facts["kernels"]["instruction_set"] == _native.instruction_set()
+    assert facts["kernels"]["cuda_architectures"] == _native.CUDA_ARCHITECTURES
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert "gloo" in facts["backends"]
+    (loopback,) = [interface for interface in facts["interfaces"] if interface["name"] == "lo"]
+    assert "127.0.0.1" in loopback["addresses"]
+    assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert facts["variables"]["NCCL_DEBUG"] == "INFO"
+    assert cli.main(["env"]) == 0
+    told = capsys.readouterr().out
+    for text in (version("torch"), _native.instruction_set(), "lo 127.0.0.1", "NCCL_DEBUG=INFO", "gloo"):
+        assert text in told
+
+
+FACTS = {
+    "process": {"description": "started by hand"},
+    "versions": {"torch": "2"},
+    "kernels": {"instruction_set": "avx2", "instruction_sets": ["avx2"], "cuda_architectures": "86"},
+    "gpus": [
+        {"name": "A", "memory_gib": 24, "architecture": "86", "has_kernels": True},
+        {"name": "B", "memory_gib": 80, "architecture": "90", "has_kernels": False},
+    ],
+    "backends": ["gloo", "nccl"],
+    "interfaces": [
+        {"name": "eth0", "addresses": ["10.0.0.1"], "state": "up", "speed_mbit_per_s": 25000},
+        {"name": "eth1", "addresses": [], "state": "down", "speed_mbit_per_s": 100},
+    ],
+    "threads": {"cores": 4, "usable_cores": 2, "torch": 2, "torch_interop": 1},
+    "variables": {},
+}
+
+
+def test_env_shows_gpus_without_kernels_and_speeds():
+    """Catches what this machine has not: several GPUs, and cards that tell their speed."""
+    told = report.render(FACTS)
+    assert (
+        "GPUs        A (24 GiB, architecture 86, has kernels)\n            B (80 GiB, architecture 90, WITHOUT kernels)\n" in told
+    )
+    assert "interfaces  eth0 10.0.0.1 up 25 Gbit/s\n            eth1 down 100 Mbit/s\n" in told
+    assert "CUDA for 86\n" in told
+
+
+def _test_myself(rank, world_size):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        passed = self_test.main(["cpu"])
+    whole = said.getvalue()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        correct = self_test.bytegrad.bytegrad
+        patch.setattr(self_test, "CODECS", ("int8",))
+        patch.setattr(self_test.bytegrad, "bytegrad", lambda *args, **options: [2 * g for g in correct(*args, **options)])
+        failed = self_test.main(["cpu"])
+    return passed, failed, whole, said.getvalue().removeprefix(whole)
+
+
+def test_the_self_test_compares_everything_and_finds_a_difference():
+    """Catches a self-test that leaves an algorithm or a codec out, and one that cannot fail."""
+    (passed, failed, whole, broken), (also_passed, also_failed, *silence) = run_ranks(_test_myself, 2)
+    assert passed == also_passed == 0, whole
+    assert failed == also_failed == 1
+    assert silence == ["", ""]
+    for name in CODECS:
+        assert re.search(rf"^codec +{name} .* ok +equal$", whole, re.MULTILINE)
+        assert re.search(rf"^algorithm +bytegrad {name} +ok +equal$", whole, re.MULTILINE)
+    for name in algorithm_names():
+        assert re.search(rf"^algorithm +{name} .*ok ", whole, re.MULTILINE), name
+    assert f"{len(whole.splitlines()) - 2} checks passed" in whole
+    assert [line.split()[1:4] for line in broken.splitlines() if "DIFFERENT" in line] == [["bytegrad", "int8", "DIFFERENT"]]
+    assert "1 of " in broken.splitlines()[-1]
+
+
+def test_the_self_test_starts_processes_unless_there_are_some(monkeypatch, capsys):
+    """Catches a test of one process, and one that starts processes for each process of a job."""
+    got = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: got.append(args))
+    monkeypatch.setattr(cli.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli.main(["test", "--device", "cpu"]) == cli.main(["test", "--device", "cpu", "--nproc-per-node", "3"]) == 0
+    assert [args.nproc_per_node for args in got] == ["2", "3"]
+    assert all(args.standalone and args.module and args.training_script == self_test.__name__ for args in got)
+    monkeypatch.setattr(self_test, "main", lambda arguments: got.append(arguments) or 5)
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert cli.main(["test", "--device", "cpu"]) == 5
+    assert got[-1] == ["cpu"]
+    if not torch.cuda.is_available():
+        assert cli.main(["test", "--device", "cuda"]) == 1
+        assert "--device cuda needs a GPU" in capsys.readouterr().err
+
+
+def test_an_interface_that_is_not_there_is_refused(monkeypatch):
+    """Catches an error from inside gloo, on each rank, that does not say which interfaces there are."""
+    assert interface("lo") == "lo"
+    for text in ("eth99", "lo,eth99", "eth99,lo"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"no interface 'eth99': it has .*\blo\b"):
+            interface(text)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME: this machine has no interface 'eth99'"):
+        lightning_accel.init_process_group("gloo")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         (["--help"], 0, "exit codes"),
+        (["--version"], 0, f"lightning-accel {lightning_accel.__version__}\n"),
+        (["test", "--help"], 0, "Exits with 1 if anything differs"),
+        (["run", "--interface", "eth99", "x.py"], 2, "argument --interface: this machine has no interface 'eth99': it has"),
+        (["ssh-run", "--host-list", "a", "--interface", "eth99"], 2, "the following arguments are required: script\n"),
+        (["ssh-run", "--host-file", "/no/such/file", "x.py"], 2, "cannot read /no/such/file"),
+        (["ssh-run", "x.py"], 2, "one of the arguments --host-list --host-file is required"),
         (["run", "--help"], 0, "--nccl-socket-threads"),
         (["env", "--help"], 0, "usage: lightning-accel env"),
         ([], 2, "the following arguments are required: COMMAND"),

@@ -12,11 +12,12 @@ import pytest
 
 from helpers import programs
 from helpers.hosts import DEVICE, two_hosts
-from lightning_accel.launch.ssh_run import Host, parse_hosts, parse_variable
+from lightning_accel.launch.hosts import Host, parse_hosts, read_hosts
+from lightning_accel.launch.ssh_run import parse_variable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
 
-# As sshd does: the command goes through a shell. The words that ssh got are kept for the test.
+# As sshd does: the command goes through a shell, in the home folder. The words that ssh got are kept for the test.
 FAKE_SSH = """#!{python}
 import os, subprocess, sys
 with open({log!r}, "a") as log:
@@ -24,6 +25,7 @@ with open({log!r}, "a") as log:
 if "unreachable" in sys.argv:
     print("ssh: connect to host unreachable", file=sys.stderr)
     sys.exit(255)
+os.chdir({home!r})
 os.execv("/bin/sh", ["sh", "-c", sys.argv[-1]])
 """
 
@@ -47,13 +49,16 @@ def start(tmp_path, port):
     """Starts the command with the stand-in for ssh; ends it after the test."""
     fake = tmp_path / "bin" / "ssh"
     fake.parent.mkdir()
-    fake.write_text(FAKE_SSH.format(python=sys.executable, log=str(tmp_path / "ssh.log")))
+    home = tmp_path / "home"
+    home.mkdir()
+    fake.write_text(FAKE_SSH.format(python=sys.executable, log=str(tmp_path / "ssh.log"), home=str(home)))
     fake.chmod(0o755)
     (tmp_path / "a script.py").write_text(SCRIPT)
     started = []
 
     def start(*words, hosts="one:22,two:2222", variables=(), options=()):
-        command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", "--host-list", hosts]
+        named = ["--host-list", hosts] if isinstance(hosts, str) else ["--host-file", str(hosts)]
+        command = [sys.executable, "-m", "lightning_accel.launch.cli", "ssh-run", *named]
         command += ["--workdir", str(tmp_path), "--master-addr", "127.0.0.1", "--master-port", str(port)]
         command += [*options, *(word for variable in variables for word in ("--env", variable))]
         environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKEN": "secret;$(id)\n'\""}
@@ -83,6 +88,24 @@ def test_words_arrive_unchanged_and_secrets_stand_in_no_command_line(start, tmp_
     assert "a script" not in seen
     assert "'-p', '2222', '--', 'two'" in seen
     assert not (tmp_path / "hacked").exists()
+
+
+def test_files_of_the_user_stand_in_for_no_module_and_hosts_come_from_a_file(start, tmp_path):
+    """Catches `python -m`, which looks for modules in the home folder, where ssh starts it, and in the working folder first; and
+    hosts that all get as many processes as the first one."""
+    for path in (tmp_path / "home" / "json.py", tmp_path / "argparse.py"):
+        path.write_text("raise RuntimeError('a file of the user was imported')\n")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# both machines\none slots=1\n\ntwo:2222 slots = 2 max_slots=4  # larger\n")
+    process = start("ok", hosts=hosts, options=["--omp-threads", "1"])
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    said = sorted(line.partition("] [rank ")[::2] for line in output.splitlines())
+    assert [(host, *json.loads(words.partition("] ")[2])[:2]) for host, words in said] == [
+        ("[one", "0", "3"),
+        ("[two", "1", "3"),
+        ("[two", "2", "3"),
+    ]
 
 
 @pytest.mark.parametrize("how", ["fail", "interrupt", "kill"])
@@ -170,6 +193,24 @@ def test_hostile_hosts_are_refused(text):
     """Catches a host that ssh would take for an option, or a shell for a command."""
     with pytest.raises(Exception, match="host"):
         parse_hosts(text)
+
+
+def test_a_host_file_is_read_and_its_mistakes_have_a_line(tmp_path):
+    """Catches Open MPI's words taken for hosts, and slots that get lost."""
+    path = tmp_path / "hosts"
+    path.write_text("me@a:2222\nb slots=3 max-slots=3\n  # none\nc\n")
+    assert read_hosts(str(path)) == [Host("me@a", 2222), Host("b", 22, 3), Host("c", 22)]
+    for text, message in (
+        ("a\nb slots=x", r"line 2: after the host there may be slots=N: got 'slots=x'"),
+        ("a slots=0", "line 1: after the host"),
+        ("a b", "line 1: after the host there may be slots=N: got 'b'"),
+        ("a\n-oProxyCommand=x", "line 2: hosts must be like"),
+        ("a\na slots=2", "each host must be listed once: got a:22 2 times"),
+        ("# none", "lists no host"),
+    ):
+        path.write_text(text)
+        with pytest.raises(Exception, match=message):
+            read_hosts(str(path))
 
 
 def test_variables_are_read(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,20 @@ def script_arguments(script: str, parsed: Sequence[str], words: Sequence[str]) -
     return ["--", *parsed] if before[-2:] == [script, "--"] else list(parsed)
 
 
+def interface(text: str) -> str:
+    """Reads the name of a network interface of this machine, or several with commas between."""
+    if problem := interfaces_problem(name(text)):
+        raise argparse.ArgumentTypeError(problem)
+    return text
+
+
+def interfaces_problem(text: str) -> str | None:
+    """Says which of the interfaces named in `text`, with commas between, this machine has not; None if it has all."""
+    known = [known for _, known in socket.if_nameindex()]
+    missing = [part for part in text.split(",") if part not in known]
+    return f"this machine has no interface {missing[0]!r}: it has {', '.join(known)}" if missing else None
+
+
 @dataclass(frozen=True)
 class NetworkOption:
     """A command-line option of the network, and the environment variables it sets."""
@@ -73,7 +88,11 @@ class NetworkOption:
 
 NETWORK_OPTIONS = (
     NetworkOption(
-        "interface", ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), name, "NAME", "network interface for messages, such as eth0"
+        "interface",
+        ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+        interface,
+        "NAME",
+        "network interface for messages, such as eth0; `lightning-accel env` lists them",
     ),
     NetworkOption("nccl-socket-threads", ("NCCL_SOCKET_NTHREADS",), positive, "N", "NCCL's TCP threads per connection"),
     NetworkOption("nccl-sockets-per-thread", ("NCCL_NSOCKS_PERTHREAD",), positive, "N", "sockets per thread; at most 64 in all"),
@@ -81,12 +100,18 @@ NETWORK_OPTIONS = (
 )
 
 
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `NETWORK_OPTIONS` to a parser."""
+def add_network_options(parser: argparse.ArgumentParser, *, is_here: bool = True) -> None:
+    """Adds `NETWORK_OPTIONS` to a parser.
+
+    Args:
+        parser: Parser of a command.
+        is_here: Whether the processes run on this machine; others may have other interfaces.
+    """
     group = parser.add_argument_group("network", "set in the environment of the processes, and printed")
     for option in NETWORK_OPTIONS:
         help_text = f"{option.help} ({', '.join(option.variables)})"
-        group.add_argument(f"--{option.name}", type=option.kind, help=help_text, metavar=option.metavar)
+        kind = name if option.kind is interface and not is_here else option.kind
+        group.add_argument(f"--{option.name}", type=kind, help=help_text, metavar=option.metavar)
 
 
 def given_network_options(args: argparse.Namespace) -> Iterator[tuple[NetworkOption, str | int]]:

@@ -1,8 +1,9 @@
-"""The command `lightning-accel`: starts programs on several processes, and prints how a process sees itself."""
+"""The command `lightning-accel`: starts programs on several processes, tests the machine, and prints what it is."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -10,9 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from lightning_accel.environment import detect
 from lightning_accel.launch import ssh_run
-from lightning_accel.launch.arguments import add_network_options, given_network_options, script_arguments
+from lightning_accel.launch.arguments import add_network_options, given_network_options, positive, script_arguments
 from lightning_accel.transport.tcp_keepalive import watch_connections
+from lightning_accel.version import __version__
 
 _FAILED = 1
 
@@ -32,26 +35,38 @@ examples:
   lightning-accel run --nproc-per-node 8 train.py --epochs 10
   lightning-accel run --nnodes 2 --node-rank 0 --master-addr host0 --nproc-per-node 8 --interface eth0 train.py
   lightning-accel ssh-run --host-list host0,host1:2222 --nproc-per-node 8 train.py
+  lightning-accel test
   srun lightning-accel env
 
 """
 
+_DESCRIPTION = "Starts programs on several processes and machines, tests this machine, and prints what training finds on it."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:
+        return _run(words[1:])
+    args = _make_parser().parse_args(words)
+    if words[0] == "ssh-run":
+        args.arguments = script_arguments(args.script, args.arguments, words)
+        return ssh_run.ssh_run(args)
+    return _test(args) if words[0] == "test" else _print_environment(as_json=args.json)
+
+
+def _make_parser() -> argparse.ArgumentParser:
     keep_layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="lightning-accel",
-        description="Starts programs on several processes and machines, and prints how a process sees itself.",
-        epilog=_EXAMPLES + _EXIT_CODES,
-        formatter_class=keep_layout,
+        prog="lightning-accel", description=_DESCRIPTION, epilog=_EXAMPLES + _EXIT_CODES, formatter_class=keep_layout
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("run", help="start a program on this node: torchrun with network options", add_help=False)
     ssh_parser = commands.add_parser(
         "ssh-run",
         help="start a program on several machines over ssh",
-        usage="%(prog)s --host-list H1:22,H2 [options] script [arguments ...]",
+        usage="%(prog)s (--host-list H1:22,H2 | --host-file PATH) [options] script [arguments ...]",
         description="Starts a program on several machines over ssh, from one of them. All machines need the same files in the\n"
         "same places, and a login without a password. Each line of output is printed after its host and rank. Ctrl-C, or\n"
         "the failure of one host, ends the program on all hosts.",
@@ -59,21 +74,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=keep_layout,
     )
     ssh_run.add_arguments(ssh_parser)
-    commands.add_parser(
-        "env",
-        help="print rank, world size and addresses as this process sees them",
-        description="Prints this process's rank, the number of processes and the rendezvous address, each with the variable it\n"
-        "comes from. Start it in place of a program: srun lightning-accel env",
+    test_parser = commands.add_parser(
+        "test",
+        help="check every codec and algorithm on this machine's processes",
+        description="Trains for some steps with every codec and algorithm on several processes, and compares each result with\n"
+        "what the specification says, computed by plain PyTorch. Takes about a minute. Exits with 1 if anything differs.\n"
+        "Started by a launcher, such as srun, it takes the processes that are there.",
         formatter_class=keep_layout,
     )
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["run"]:
-        return _run(words[1:])
-    args = parser.parse_args(words)
-    if words[0] == "ssh-run":
-        args.arguments = script_arguments(args.script, args.arguments, words)
-        return ssh_run.ssh_run(args)
-    return _print_environment()
+    test_parser.add_argument(
+        "--nproc-per-node", type=positive, metavar="N", help="number of processes (default: one for each GPU, at least 2)"
+    )
+    test_parser.add_argument("--device", choices=("cpu", "cuda"), help="where tensors lie (default: cuda with a GPU, else cpu)")
+    env_parser = commands.add_parser(
+        "env",
+        help="print how this process sees itself and this machine: ranks, versions, kernels, GPUs, network, variables",
+        description="Prints this process's rank, the number of processes and the rendezvous address, each with the variable it\n"
+        "comes from; then, once for each machine, versions, kernels, GPUs, backends, network interfaces, threads and variables.\n"
+        "Start it in place of a program: srun lightning-accel env",
+        formatter_class=keep_layout,
+    )
+    env_parser.add_argument("--json", action="store_true", help="print one object of JSON")
+    return parser
 
 
 def _keep_watching() -> None:
@@ -83,15 +105,33 @@ def _keep_watching() -> None:
         watch_connections()
 
 
-def _print_environment() -> int:
-    from lightning_accel.environment import detect
+def _print_environment(*, as_json: bool) -> int:
+    from lightning_accel.launch import report
 
     try:
-        print(detect())
+        facts = report.describe(detect())
     except ValueError as error:
         print(f"lightning-accel env: {error}", file=sys.stderr)
         return _FAILED
+    print(json.dumps(facts) if as_json else report.render(facts))
     return 0
+
+
+def _test(args: argparse.Namespace) -> int:
+    import torch
+
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    device = args.device or ("cuda" if gpus else "cpu")
+    if device == "cuda" and not gpus:
+        print("lightning-accel test: --device cuda needs a GPU, and torch sees none here", file=sys.stderr)
+        return _FAILED
+    if detect().launcher != "single process":
+        from lightning_accel.launch import self_test
+
+        return self_test.main([device])
+    processes = args.nproc_per_node or max(gpus, 2)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a warning
+    return _run(["--standalone", "--nproc-per-node", str(processes), "-m", "lightning_accel.launch.self_test", device])
 
 
 def _run(words: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from datetime import timedelta
 
 import torch
@@ -10,12 +9,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_accel.environment import Environment, detect, torchrun_attempt
+from lightning_accel.environment import Environment, detect, torchrun_attempt, variable
+from lightning_accel.launch.arguments import interfaces_problem
 from lightning_accel.launch.seeding import seed_everything
+from lightning_accel.logs import get_log
 from lightning_accel.transport.gloo import backend_of
 from lightning_accel.transport.tcp_keepalive import open_sockets, watch_connections
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 _joined: list[Environment] = []
 """The environment that `init_process_group` detected, while its group lives."""
@@ -76,6 +77,9 @@ def init_process_group(
     )
     has_cuda = torch.cuda.is_available()
     backend = backend or ("nccl" if has_cuda else "gloo")
+    interfaces = variable("GLOO_SOCKET_IFNAME")
+    if interfaces and backend != "nccl" and (problem := interfaces_problem(interfaces)):
+        raise ValueError(f"GLOO_SOCKET_IFNAME: {problem}")
     if has_cuda and backend != "gloo":
         if found.local_rank >= torch.cuda.device_count():
             raise ValueError(

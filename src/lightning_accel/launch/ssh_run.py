@@ -18,11 +18,11 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from typing import IO
 
 from lightning_accel.environment import DEFAULT_PORT, variable
 from lightning_accel.launch.arguments import add_network_options, given_network_options, port, positive
+from lightning_accel.launch.hosts import Host, parse_hosts, read_hosts
 from lightning_accel.transport.tcp_keepalive import UNREACHABLE_SECONDS
 
 _GRACE_SECONDS = 15.0
@@ -39,41 +39,6 @@ _SSH_OPTIONS = (
     f"ServerAliveInterval={UNREACHABLE_SECONDS / _PROBES:.0f}",  # ssh ends when a host is unplugged, and that ends the others
     f"ServerAliveCountMax={_PROBES}",
 )
-
-
-@dataclass(frozen=True)
-class Host:
-    """A machine that ssh can reach.
-
-    Attributes:
-        name: Host name or address, with or without "user@" before it.
-        port: Port of its sshd.
-    """
-
-    name: str
-    port: int
-
-    @property
-    def address(self) -> str:
-        """The name without the user."""
-        return self.name.rpartition("@")[2]
-
-
-def parse_hosts(text: str) -> list[Host]:
-    """Reads hosts from text such as "h1:22,user@h2:2222,h3"; the default port is 22.
-
-    Raises:
-        argparse.ArgumentTypeError: A host name, address or port is malformed, or a host is listed twice.
-    """
-    hosts = []
-    for word in text.split(","):
-        match = re.fullmatch(r"((?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*)(?::([0-9]{1,5}))?", word, re.ASCII)
-        if match is None or not 1 <= int(match[2] or 22) <= 65535:
-            raise argparse.ArgumentTypeError(f"hosts must be like h1:22,user@h2:2222: got {word!r}")
-        hosts.append(Host(match[1], int(match[2] or 22)))
-    if len(set(hosts)) < len(hosts):
-        raise argparse.ArgumentTypeError(f"each host must be listed once: got {text!r}")
-    return hosts
 
 
 def parse_variable(text: str) -> tuple[str, str]:
@@ -94,10 +59,23 @@ def parse_variable(text: str) -> tuple[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ssh-run's arguments."""
-    parser.add_argument(
-        "--host-list", type=parse_hosts, required=True, metavar="H1:22,H2", help="hosts, with the ports of their sshds"
+    hosts = parser.add_mutually_exclusive_group(required=True)
+    hosts.add_argument(
+        "--host-list", dest="hosts", type=parse_hosts, metavar="H1:22,H2", help="hosts, with the ports of their sshds"
     )
-    parser.add_argument("--nproc-per-node", type=positive, default=1, metavar="N", help="processes on each host (default: 1)")
+    hosts.add_argument(
+        "--host-file",
+        dest="hosts",
+        type=read_hosts,
+        metavar="PATH",
+        help="file with a host on each line, like h1:22, or Open MPI's: h1 slots=4",
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=positive,
+        metavar="N",
+        help="processes on each host (default: its slots in the host file, else 1)",
+    )
     parser.add_argument("--master-addr", metavar="NAME", help="rendezvous host (default: the first host's name)")
     parser.add_argument("--master-port", type=port, default=DEFAULT_PORT, metavar="PORT", help="its port (default: %(default)s)")
     parser.add_argument("--ssh-option", action="append", default=[], metavar="NAME=VALUE", help="option for ssh (-o); repeatable")
@@ -108,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python on each host (default: this one)")
     parser.add_argument("script", help="Python file to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script").required = False
-    add_network_options(parser)
+    add_network_options(parser, is_here=False)
 
 
 def ssh_run(args: argparse.Namespace) -> int:
@@ -116,7 +94,7 @@ def ssh_run(args: argparse.Namespace) -> int:
     if shutil.which("ssh") is None:
         _print_error("there is no ssh on PATH here: install OpenSSH's client")
         return _FAILED
-    nodes = [_Node(host, rank, args) for rank, host in enumerate(args.host_list)]
+    nodes = [_Node(host, rank, args) for rank, host in enumerate(args.hosts)]
     try:
         for node in nodes:
             node.start()
@@ -169,12 +147,13 @@ class _Node:
         self.host = host
         self._python = args.python
         self._options = args.ssh_option
-        run = ["--nnodes", len(args.host_list), "--node-rank", rank, "--nproc-per-node", args.nproc_per_node, "--tee", 3]
-        run += ["--master-addr", args.master_addr or args.host_list[0].address, "--master-port", args.master_port]
+        processes = args.nproc_per_node or host.processes or 1
+        run = ["--nnodes", len(args.hosts), "--node-rank", rank, "--nproc-per-node", processes, "--tee", 3]
+        run += ["--master-addr", args.master_addr or args.hosts[0].address, "--master-port", args.master_port]
         for option, value in given_network_options(args):
             run += [f"--{option.name}", value]
         # -u, because torchrun's --tee does not flush what it prints.
-        argv = [args.python, "-u", "-m", "lightning_accel.launch.cli", "run", *map(str, run), args.script, *args.arguments]
+        argv = [args.python, "-u", "-c", _start("cli"), "run", *map(str, run), args.script, *args.arguments]
         variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ", **dict(args.env)}
         self._job = json.dumps({"argv": argv, "variables": variables, "workdir": args.workdir})
         self._ssh: subprocess.Popen[bytes] | None = None
@@ -184,7 +163,7 @@ class _Node:
         # ssh uses an option's first value, so the user's come first.
         options = [word for option in (*self._options, *_SSH_OPTIONS) for word in ("-o", option)]
         # A shell on the host reads this command: it is quoted, and holds no part of the job.
-        command = f"exec {shlex.quote(self._python)} -u -m lightning_accel.launch.node_agent"
+        command = f"exec {shlex.quote(self._python)} -u -c {shlex.quote(_start('node_agent'))}"
         self._ssh = subprocess.Popen(
             ["ssh", *options, "-p", str(self.host.port), "--", self.host.name, command],
             stdin=subprocess.PIPE,
@@ -234,6 +213,17 @@ class _Node:
             text = line.decode(errors="replace").rstrip("\n")
             target.write(f"[{self.host.name}] {text}\n")  # one write per line, so that hosts' lines do not mix
             target.flush()
+
+
+def _start(module: str) -> str:
+    """Returns code that runs a module's `main` without the working folder on Python's path.
+
+    `python -m` would put it there, and a file such as json.py in the home folder would stand in for the standard library's.
+    """
+    return (
+        "import sys; sys.path[:] = [path for path in sys.path if path]; "
+        f"from lightning_accel.launch.{module} import main; sys.exit(main())"
+    )
 
 
 def _print_error(text: str) -> None:
