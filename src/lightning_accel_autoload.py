@@ -9,6 +9,7 @@ This module imports only the standard library, and nothing in it may raise: an e
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -27,18 +28,26 @@ _ROOTS = {
 """{module with a registry: (name of the registry, our module with the strategy for it)}."""
 
 
+START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+"""{part of a name: how Lightning starts the processes}, as in the names of Lightning's `ddp`."""
+
+FLAGS = {
+    "": {},
+    "_find_unused_parameters_true": {"find_unused_parameters": True},
+    "_find_unused_parameters_false": {"find_unused_parameters": False},
+}
+"""{end of a name: arguments of DistributedDataParallel}."""
+
+
 def strategy_names() -> dict[str, dict[str, Any]]:
-    """Returns all strategy names, each with the arguments that it passes to the strategy."""
-    names: dict[str, dict[str, Any]] = {"accel": {}}
-    names.update({f"accel_{algorithm}": {"algorithm": algorithm} for algorithm in ALGORITHMS})
-    names["accel_spawn"] = {"start_method": "spawn"}
-    names["accel_fork"] = {"start_method": "fork"}
-    names["accel_notebook"] = {"start_method": "fork"}
-    for name, arguments in list(names.items()):
-        for value in (True, False):
-            flag = {"find_unused_parameters": value}
-            names[f"{name}_find_unused_parameters_{str(value).lower()}"] = {**arguments, **flag}
-    return names
+    """Returns all strategy names, each with the arguments that it passes to the strategy; `accel` is gradient_allreduce."""
+    bases = {"accel": "gradient_allreduce", **{f"accel_{algorithm}": algorithm for algorithm in ALGORITHMS}}
+    return {
+        base + start + flag: {"algorithm": algorithm, "start_method": method, **arguments}
+        for base, algorithm in bases.items()
+        for start, method in START_METHODS.items()
+        for flag, arguments in FLAGS.items()
+    }
 
 
 def register(registry: Any, implementation: str) -> None:
@@ -49,13 +58,16 @@ def register(registry: Any, implementation: str) -> None:
         implementation: Name of the module whose `AccelStrategy` the names create.
     """
 
-    def accel_strategy(**arguments: Any) -> Any:
-        return importlib.import_module(implementation).AccelStrategy(**arguments)
+    def accel_strategy(registered_name: str, /, **arguments: Any) -> Any:
+        strategy = importlib.import_module(implementation).AccelStrategy(**arguments)
+        strategy.registered_name = registered_name
+        return strategy
 
     for name, arguments in strategy_names().items():
         if name not in registry:
             described = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-            registry.register(name, accel_strategy, description=f"AccelStrategy({described})", **arguments)
+            strategy = functools.partial(accel_strategy, name)
+            registry.register(name, strategy, description=f"AccelStrategy({described})", **arguments)
 
 
 def activate() -> None:

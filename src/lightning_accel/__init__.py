@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import lightning_accel_autoload
+from lightning_accel.version import __version__
 
 _MODULES = {
     "AccelDataParallel": "data_parallel.wrap",
@@ -45,7 +46,7 @@ _MODULES = {
 }
 """The module of each public name; `__init__.pyi` tells type checkers the same."""
 
-__all__ = ["AccelStrategy", *_MODULES]
+__all__ = ["AccelStrategy", "__version__", *_MODULES]
 
 lightning_accel_autoload.activate()
 

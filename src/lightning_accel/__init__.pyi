@@ -29,3 +29,4 @@ from lightning_accel.launch.rank_logging import get_logger as get_logger
 from lightning_accel.optim.qadam import QAdam as QAdam
 from lightning_accel.optim.qadam import QAdamOptimizer as QAdamOptimizer
 from lightning_accel.strategy.trainer_unified import AccelStrategy as AccelStrategy
+from lightning_accel.version import __version__ as __version__

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_accel import AccelStrategy, ByteGrad, GradientAllReduce
 from lightning_accel.algorithms import algorithm_names
@@ -21,8 +21,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "average": ({"average": "no"}, ValueError, ["True", "False", "got 'no'"]),
     "option of another algorithm": ({"codec": "int8"}, TypeError, ["'gradient_allreduce'", "hierarchical, average", "'codec'"]),
     "options beside an object": ({"algorithm": ByteGrad(), "codec": "bf16"}, TypeError, ["ByteGrad(...)", "codec"]),
-    "misspelt option": ({"averag": False}, TypeError, ["error_feedback, ", "'averag'", "mean 'average'"]),
-    "misspelt argument of DDP": ({"bucket_cap": 5}, TypeError, ["static_graph", "'bucket_cap'", "mean 'bucket_cap_mb'"]),
+    "misspelt option": ({"averag": False}, TypeError, ["hierarchical, average", "'averag'", "mean 'average'"]),
+    "misspelt argument of DDP": ({"bucket_cap": 5}, TypeError, ["'bucket_cap'", "mean 'bucket_cap_mb'"]),
     "misspelt argument of DDPStrategy": ({"start_metod": "fork"}, TypeError, ["start_method", "mean 'start_method'"]),
     "hook": ({"ddp_comm_hook": print}, ValueError, ["ddp_comm_hook", "register_algorithm"]),
     "state": ({"ddp_comm_state": object()}, ValueError, ["ddp_comm_state", "algorithm"]),
@@ -40,6 +40,7 @@ def test_refused_in_one_line(case: str) -> None:
         AccelStrategy(**arguments)
     message = str(refused.value)
     assert "\n" not in message
+    assert len(message) < 300
     assert [word for word in words if word not in message] == []
 
 
@@ -87,13 +88,3 @@ def test_it_tolerates_half_a_set_up() -> None:
     strategy = AccelStrategy("bytegrad", parallel_devices=[torch.device("cpu")])
     strategy._close_replica()
     strategy._close_replica()
-    strategy.on_exception(RuntimeError("strategy='ddp_find_unused_parameters_true'", 3))
-
-
-def test_advice_names_our_strategy() -> None:
-    """Catches Lightning's advice to switch to its own strategy when a parameter had no gradient."""
-    error = RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
-    AccelStrategy().on_exception(error)
-    assert "AccelStrategy(find_unused_parameters=True)" in str(error)
-    (advised,) = [word.strip("`=.") for word in str(error).replace("'", " ").split() if word.startswith("accel_")]
-    assert advised in StrategyRegistry.available_strategies()

@@ -48,7 +48,8 @@ class Model(pl.LightningModule):
 
 def save(model, trainer, who):
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    torch.save((weights, trainer.world_size, type(trainer.strategy).__module__), FOLDER / (model.name + who))
+    sent = trainer.strategy.statistics.sent_bytes
+    torch.save((weights, trainer.world_size, type(trainer.strategy).__module__, sent), FOLDER / (model.name + who))
 
 
 def fit(name, lost=None):
@@ -72,7 +73,7 @@ if __name__ == "__main__":
 SCRIPTS = {
     "popen, rank 0 is lost": ("pytorch_lightning", 0, ["accel_bytegrad"]),
     "popen, rank 1 is lost": ("lightning.pytorch", 1, ["accel"]),
-    "spawn and fork": ("lightning.pytorch", None, ["accel_spawn", "accel_fork"]),
+    "spawn and fork": ("lightning.pytorch", None, ["accel_bytegrad_spawn", "accel_fork"]),
 }
 """Root, which rank kills itself in a second fit of the same processes, names of strategies. Nobody imports us."""
 
@@ -122,7 +123,7 @@ def _living(folder: Path) -> list[int]:
     [
         ("popen, rank 0 is lost", "accel_bytegrad"),
         ("popen, rank 1 is lost", "accel"),
-        ("spawn and fork", "accel_spawn"),
+        ("spawn and fork", "accel_bytegrad_spawn"),
         ("spawn and fork", "accel_fork"),
     ],
 )
@@ -133,9 +134,10 @@ def test_a_name_is_enough_with_each_of_lightnings_launchers(outcomes: Any, case:
     first, second = (torch.load(outcome["folder"] / f"{name}{rank}") for rank in (0, 1))
     assert torch.equal(first[0], second[0])
     name_of_root = "standalone" if SCRIPTS[case][0] == "pytorch_lightning" else "unified"
-    assert first[1:] == second[1:] == (2, f"lightning_accel.strategy.trainer_{name_of_root}")
+    assert first[1:3] == second[1:3] == (2, f"lightning_accel.strategy.trainer_{name_of_root}")
     (main,) = (torch.load(path) for path in outcome["folder"].glob(f"{name}main*") if not path.name.endswith("1"))
     assert torch.equal(main[0], first[0])
+    assert main[3] == first[3] > 0, "the process that started the ranks does not know what they have sent"
 
 
 def test_spawned_and_forked_processes_end_well(outcomes: Any) -> None:

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import lightning.fabric
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.cli import LightningCLI
@@ -16,27 +18,22 @@ from lightning_fits import Net, as_if_installed
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_accel
+import lightning_accel.fabric
 import lightning_accel_autoload
 from lightning_accel import AccelStrategy
 
-BASES = {
-    "accel": {},
-    "accel_gradient_allreduce": {"algorithm": "gradient_allreduce"},
-    "accel_bytegrad": {"algorithm": "bytegrad"},
-    "accel_decentralized": {"algorithm": "decentralized"},
-    "accel_low_precision_decentralized": {"algorithm": "low_precision_decentralized"},
-    "accel_qadam": {"algorithm": "qadam"},
-    "accel_async": {"algorithm": "async"},
-    "accel_spawn": {"start_method": "spawn"},
-    "accel_fork": {"start_method": "fork"},
-    "accel_notebook": {"start_method": "fork"},
+ALGORITHMS = ("gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized", "qadam", "async")
+OF_DDP = [name.removeprefix("ddp") for name in StrategyRegistry if name.startswith("ddp")]
+NAMES = {
+    name + end: {
+        "algorithm": algorithm,
+        "start_method": "spawn" if "spawn" in end else "fork" if "fork" in end or "notebook" in end else "popen",
+        **({"find_unused_parameters": end.endswith("true")} if "unused" in end else {}),
+    }
+    for name, algorithm in [("accel", "gradient_allreduce"), *((f"accel_{algorithm}", algorithm) for algorithm in ALGORITHMS)]
+    for end in OF_DDP
 }
-NAMES = BASES | {
-    f"{name}_find_unused_parameters_{str(value).lower()}": {**arguments, "find_unused_parameters": value}
-    for name, arguments in BASES.items()
-    for value in (True, False)
-}
-"""What each name stands for, written out once more."""
+"""What each name stands for: for each algorithm the names that Lightning's `ddp` has."""
 
 FACTS = """
 import json, os, sys
@@ -50,12 +47,16 @@ def trainer(strategy, **kwargs):
         made = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False, **kwargs)
     except ValueError as error:
         return "ValueError: " + str(error)
-    strategy = made.strategy
+    return describe(made.strategy)
+
+def describe(strategy):
     assert isinstance(strategy, sys.modules[root + ".strategies"].DDPStrategy)
     arguments = {{"algorithm": strategy.algorithm.name, "start_method": strategy._start_method, **strategy._ddp_kwargs}}
     return [type(strategy).__module__, arguments]
 
-facts["names"] = {{name: trainer(name) for name in registry.available_strategies() if name.startswith("accel")}}
+names = [name for name in registry.available_strategies() if name.startswith("accel")]
+facts["names"] = {{name: describe(registry.get(name)) for name in names}}
+facts["trainers"] = {{name: trainer(name) for name in names if name.startswith("accel_qadam")}}
 fabric = "lightning.fabric" if root == "lightning.pytorch" else "lightning_fabric"
 fabric_registry = sys.modules[fabric + ".strategies"].STRATEGY_REGISTRY
 facts["fabric"] = [name for name in fabric_registry.available_strategies() if name.startswith("accel")]
@@ -134,9 +135,11 @@ def test_every_name_resolves_without_an_import(interpreters: Any, root: str) -> 
     autoload that imports the package for everybody who imports torch."""
     facts = interpreters[root]
     assert not facts["package imported"]
-    defaults = {"algorithm": "gradient_allreduce", "start_method": "popen", "gradient_as_bucket_view": True}
+    assert len(OF_DDP) == 12
+    defaults = {"gradient_as_bucket_view": True}
     module = "lightning_accel.strategy." + {"lightning": "trainer_unified", "pytorch_lightning": "trainer_standalone"}[root]
     assert facts["names"] == {name: [module, defaults | arguments] for name, arguments in NAMES.items()}
+    assert facts["trainers"] == {name: value for name, value in facts["names"].items() if "qadam" in name} != {}
     assert set(facts["fabric"]) == set(NAMES)
     assert facts["variable"] == "bytegrad"
 
@@ -197,6 +200,32 @@ def test_a_broken_registry_breaks_neither_torch_nor_the_other_root(monkeypatch: 
         lightning_accel_autoload.activate()
         assert NAMES.keys() <= working.keys()
         working.clear()
+
+
+@pytest.mark.parametrize("frontend", [pl.Trainer, lightning.fabric.Fabric], ids=["trainer", "fabric"])
+@pytest.mark.parametrize(
+    ("chosen", "advised"),
+    [
+        ("accel_bytegrad", "'accel_bytegrad_notebook'"),
+        ("accel_spawn_find_unused_parameters_true", "'accel_notebook_find_unused_parameters_true'"),
+        (
+            {"algorithm": "bytegrad", "codec": "int4", "start_method": "spawn"},
+            "AccelStrategy(algorithm='bytegrad', codec='int4', start_method='fork')",
+        ),
+    ],
+    ids=["name", "other", "object"],
+)
+def test_in_a_notebook_the_advice_keeps_the_algorithm(monkeypatch: Any, frontend: Any, chosen: Any, advised: str) -> None:
+    """Catches Lightning's advice to use `ddp_notebook`, which trains without compression."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    of_frontend = lightning_accel if frontend is pl.Trainer else lightning_accel.fabric
+
+    def make(strategy: Any) -> Any:
+        return frontend(strategy=strategy, accelerator="cpu", devices=2)
+
+    with pytest.raises(ValueError, match=re.escape(f"{frontend.__name__}(strategy={advised})")):
+        make(chosen if isinstance(chosen, str) else of_frontend.AccelStrategy(**chosen))
+    assert make("accel_bytegrad_notebook").strategy.launcher.is_interactive_compatible
 
 
 @pytest.fixture

@@ -57,6 +57,8 @@ class AsyncAverage(Algorithm):
         AsyncAverage(sync_interval_ms=200, warmup_steps=0)
     """
 
+    unused_parameters_argument = "static_graph"
+
     sync_interval_ms: int = 500
     warmup_steps: int = 0
 
@@ -75,7 +77,8 @@ class AsyncAverage(Algorithm):
         if context.ddp.find_unused_parameters:
             raise ValueError(
                 "async does not go with find_unused_parameters=True: DDP then waits for all ranks in every backward to learn "
-                "which parameters were used. Gradients stay local here, so leave it at False"
+                "which parameters were used. Gradients stay local here: leave it at False, and if a loss leaves out the same "
+                "parameters in every step, use static_graph=True"
             )
         return _AsyncAverage(context, self)
 

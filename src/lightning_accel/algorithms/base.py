@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lightning_accel.background.communicator import Communicator
+from lightning_accel.transport.topology import Topology
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket as GradBucket
@@ -66,9 +67,16 @@ class Algorithm(ABC):
     keeps_gradients: ClassVar[bool] = True
     """Whether `.grad` holds gradients when the optimizer steps. If not, it must be neither clipped nor scaled."""
 
+    unused_parameters_argument: ClassVar[str] = "find_unused_parameters"
+    """DistributedDataParallel's argument that lets a backward leave parameters out, when it is True."""
+
     @abstractmethod
     def bind(self, context: Context) -> BoundAlgorithm:
         """Makes the part that communicates. Collective: all ranks call it in the same order."""
+
+    def needs_kernels(self, topology: Topology) -> bool:
+        """Whether native kernels compute on the tensors' device; else an install without kernels for it serves too."""
+        return True
 
 
 class BoundAlgorithm:

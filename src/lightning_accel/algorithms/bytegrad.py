@@ -42,10 +42,10 @@ class ByteGrad(Algorithm):
     compression, error feedback or not: it is meant for `qadam`'s momentum.
 
     Args:
-        codec: Codec of gradients: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        codec: Codec of what travels: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
         error_feedback: Whether what codes lose is kept and sent later; None: for int4 and sign.
-        hierarchical: Whether ranks of a node sum first, unquantised: True, False, or "auto": when there are several nodes with
-            equally many ranks, more than one, on each.
+        hierarchical: Whether ranks of a node combine what they have first, uncompressed, so that less travels between nodes:
+            True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
         average: Whether ranks get the mean; False leaves the sum.
         shared_memory: Whether GPUs of one node that can read each other's memory use one kernel over it in the place of messages;
             the bits are the same. Experimental: no GPU has run it yet.

@@ -42,8 +42,8 @@ class Decentralized(Algorithm):
     Args:
         peer_selection_mode: "all", or "shift_one", which needs an even number of ranks (of nodes, if hierarchical).
         communication_interval: Number of rounds from one communication to the next; the first round communicates.
-        hierarchical: Whether the ranks of a node take their mean, and exchange it with the peers of equal local rank. "auto"
-            does so when there are several nodes with equally many ranks, more than one, on each.
+        hierarchical: Whether ranks of a node combine what they have first, uncompressed, so that less travels between nodes:
+            True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
 
     Example:
         >>> Decentralized(peer_selection_mode="shift_one", communication_interval=2).hierarchical

@@ -10,7 +10,7 @@ from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, 
 from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
 from lightning_accel.algorithms.common.option_checks import check_average, check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
-from lightning_accel.transport.topology import Hierarchical
+from lightning_accel.transport.topology import Hierarchical, Topology
 
 
 @register_algorithm("gradient_allreduce")
@@ -22,15 +22,15 @@ class GradientAllReduce(Algorithm):
 
     The flat form is the backend's all_reduce of DDP's buckets, which DDP divides as it fills them; it equals DDP bit for bit.
     In the hierarchical form ranks of a node sum first, and each carries its share between nodes; sums run in rank order, in
-    float32.
+    float32. It is off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal anyway (gloo's
+    ring).
 
     Cost of a step for each rank: 2 (n-1)/n times the gradients' bytes; as many all_reduces as buckets; no memory.
 
     Args:
-        hierarchical: Whether to use the hierarchical form; "auto" does when there are several nodes with equally many ranks, more
-            than one, on each. Off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal
-            anyway (gloo's ring).
-        average: Whether to divide the sum by the number of ranks.
+        hierarchical: Whether ranks of a node combine what they have first, uncompressed, so that less travels between nodes:
+            True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
+        average: Whether ranks get the mean; False leaves the sum.
 
     Example:
         >>> GradientAllReduce(average=False)
@@ -49,6 +49,10 @@ class GradientAllReduce(Algorithm):
         if context.communicator.topology.use_hierarchy(self.hierarchical):
             return _Hierarchical(context, self)
         return _Flat(context, self)
+
+    def needs_kernels(self, topology: Topology) -> bool:
+        """Whether ranks of a node sum first, by kernels."""
+        return topology.use_hierarchy(self.hierarchical)
 
 
 class _Flat(BoundAlgorithm):

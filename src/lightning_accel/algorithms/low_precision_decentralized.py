@@ -39,15 +39,15 @@ class LowPrecisionDecentralized(Algorithm):
     process it does nothing.
 
     Fails when: the codec is coarse: elements of d below half a step of Q's grid (int8: 1/254 of the largest in their block) are
-    lost, not sent later. Or n is large: what one rank learns takes n/2 communications to reach the farthest one. An element
-    that is NaN or Inf makes its block NaN, on this rank and then on all. `ModelCheckpoint` and validation see the mean of all
-    ranks (consensus), from which all go on.
+    lost, not sent later; int4 and sign lose most of a step. Or n is large: what one rank learns takes n/2 communications to
+    reach the farthest one. An element that is NaN or Inf makes its block NaN, on this rank and then on all. `ModelCheckpoint`
+    and validation see the mean of all ranks (consensus), from which all go on.
 
     Args:
-        codec: Q, one of "int8", "minmax_uint8", "fp16", "bf16" and "none". "int4" and "sign" work, but lose most of a step.
-        communication_interval: Number of rounds from one communication to the next.
-        hierarchical: Whether the ranks of a node take their mean, uncompressed, and nodes form the ring. "auto" does so when
-            there are several nodes with equally many ranks, more than one, on each.
+        codec: Codec of what travels: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
+        communication_interval: Number of rounds from one communication to the next; the first round communicates.
+        hierarchical: Whether ranks of a node combine what they have first, uncompressed, so that less travels between nodes:
+            True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
 
     Example:
         >>> LowPrecisionDecentralized().codec

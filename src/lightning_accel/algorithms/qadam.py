@@ -43,10 +43,10 @@ class QAdamAlgorithm(Algorithm):
     fp16 loss scaling or gradient clipping after warm-up, because `.grad` then holds momentum.
 
     Args:
-        codec: Codec of the momenta: "int8", "int4", "sign", "minmax_uint8", "fp16", "bf16" or "none".
+        codec: Codec of what travels: "int8", "minmax_uint8", "int4", "sign", "fp16", "bf16" or "none".
         error_feedback: Whether what codes lose is kept and sent later; None asks the optimizer, except with codec "none".
-        hierarchical: Whether ranks of a node sum first, unquantised; "auto" means where there are several nodes with equally
-            many ranks, more than one, on each.
+        hierarchical: Whether ranks of a node combine what they have first, uncompressed, so that less travels between nodes:
+            True, False, or "auto": when there are several nodes with equally many ranks, more than one, on each.
 
     Example:
         >>> QAdamAlgorithm(codec="sign").error_feedback is None

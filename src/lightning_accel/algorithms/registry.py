@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import reduce
 from operator import or_
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.algorithms.base import Algorithm
 from lightning_accel.algorithms.common.docstrings import parse_args
-from lightning_accel.algorithms.common.option_checks import nearest
+from lightning_accel.algorithms.common.option_checks import hint, nearest
 
 _registry: dict[str, type[Algorithm]] = {}
 
@@ -31,7 +31,7 @@ class Option:
 
     Attributes:
         annotation: Union of the types that the algorithms give it.
-        doc: Entries of the algorithms' docstrings, each with the algorithms and the default that it is true of.
+        doc: Entries of the algorithms' docstrings, each after the algorithms that it is true of, with their defaults.
     """
 
     annotation: Any
@@ -80,17 +80,19 @@ def algorithm_names() -> list[str]:
 def algorithm_options() -> dict[str, Option]:
     """Returns all registered algorithms' options by name."""
     annotations: dict[str, list[Any]] = {}
-    takers: dict[str, dict[tuple[str, str], list[str]]] = {}
+    takers: dict[str, dict[str, dict[str, list[str]]]] = {}
+    """{option: {doc: {default: algorithms}}}"""
     for algorithm, cls in _registry.items():
         hints, docs = type_hints(cls), _option_docs(cls)
         for field in _option_fields(cls):
             annotations.setdefault(field.name, []).append(hints.get(field.name, Any))
             default = "computed" if field.default is MISSING else repr(field.default)
-            takers.setdefault(field.name, {}).setdefault((docs.get(field.name, ""), default), []).append(algorithm)
+            by_default = takers.setdefault(field.name, {}).setdefault(docs.get(field.name, ""), {})
+            by_default.setdefault(default, []).append(algorithm)
     return {
         name: Option(
             reduce(or_, [*annotations[name], None]),
-            " ".join(f"For {', '.join(names)} (default {default}): {doc}" for (doc, default), names in entries.items()),
+            " ".join(f"For {_list_takers(by_default)}: {doc}" for doc, by_default in entries.items()),
         )
         for name, entries in takers.items()
     }
@@ -110,32 +112,36 @@ def make_algorithm(algorithm: str | Algorithm, options: Mapping[str, Any] | None
         return algorithm
     cls = _registry.get(algorithm) if isinstance(algorithm, str) else None
     if cls is None:
-        raise ValueError(f"algorithm must be one of {', '.join(_registry)}: got {algorithm!r}{nearest(algorithm, _registry)}")
+        raise ValueError(f"algorithm must be one of {', '.join(_registry)}: got {algorithm!r}{hint(algorithm, _registry)}")
     valid = [field.name for field in _option_fields(cls)]
     for option in options:
         if option not in valid:
-            raise TypeError(
-                f"algorithm {algorithm!r} takes {', '.join(valid) or 'no options'}: got {option!r}{nearest(option, valid)}"
-            )
+            takers = [name for name, other in _registry.items() if option in (field.name for field in _option_fields(other))]
+            belongs = f", an option of {', '.join(takers)}" if takers else nearest(option, valid)
+            raise TypeError(f"algorithm {algorithm!r} takes {', '.join(valid) or 'no options'}: got {option!r}{belongs}")
     return cls(**options)
 
 
-def check_keywords(taker: str, given: Iterable[str], valid: Mapping[str, Iterable[str]]) -> None:
+def check_keywords(taker: str, algorithm: str | Algorithm, given: Iterable[str], arguments: Mapping[str, Iterable[str]]) -> None:
     """Refuses a keyword that nobody takes.
 
     Args:
         taker: Name of what was called.
+        algorithm: Algorithm that was given, or its name.
         given: Keywords that were given.
-        valid: Valid keywords, by a description of each group.
+        arguments: Keywords that are taken beside algorithms' options, by what takes them.
 
     Raises:
-        TypeError: For the first unknown keyword; the nearest valid one comes first in the message, all of them after it.
+        TypeError: For the first unknown keyword, with the nearest one and the algorithm's options.
     """
-    names = [name for group in valid.values() for name in group]
+    names = [*algorithm_options(), *(name for group in arguments.values() for name in group)]
     for name in given:
         if name not in names:
-            groups = "; ".join(f"{group}: {', '.join(names)}" for group, names in valid.items())
-            raise TypeError(f"{taker} does not take {name!r}{nearest(name, names) or '.'} It takes {groups}")
+            known = algorithm if isinstance(algorithm, Algorithm) else _registry.get(str(algorithm))
+            options = [field.name for field in _option_fields(known)] if known is not None else []
+            told = f" Options of {known.name}: {', '.join(options) or 'none'}." if known is not None else ""
+            end = hint(name, names) or "."
+            raise TypeError(f"{taker} does not take {name!r}{end}{told} It also takes arguments of {' and '.join(arguments)}")
 
 
 def _check_free(name: str, cls: type[Algorithm], reserved: Mapping[str, str]) -> None:
@@ -155,7 +161,11 @@ def type_hints(annotated: Any) -> dict[str, Any]:
         return {}
 
 
-def _option_fields(cls: type[Algorithm]) -> list[Field[Any]]:
+def _list_takers(by_default: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{', '.join(names)} (default {default})" for default, names in by_default.items())
+
+
+def _option_fields(cls: type[Algorithm] | Algorithm) -> list[Field[Any]]:
     return [field for field in fields(cls) if field.init]  # type: ignore[arg-type]
 
 

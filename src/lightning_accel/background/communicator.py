@@ -9,7 +9,6 @@ their timeout.
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,12 +23,13 @@ from lightning_accel.background.events import CommEvent, Events
 from lightning_accel.background.failure import GRACE_SECONDS, PendingWork, WorkTracker
 from lightning_accel.background.interpreter_exit import close_at_exit
 from lightning_accel.background.statistics import Counters, Statistics
+from lightning_accel.logs import get_log
 from lightning_accel.transport.gloo import backend_of
 from lightning_accel.transport.group import ring_bytes
 from lightning_accel.transport.groups import DeviceCollective, OwnedGroups
 from lightning_accel.transport.topology import Topology
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 class Communicator:

@@ -13,7 +13,6 @@ folders of earlier saves: a rank may be killed at any time, and the checkpoint t
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shutil
@@ -28,8 +27,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from lightning_accel.checkpoint.agreement import all_gather, raise_together, rank_and_world_size
 from lightning_accel.checkpoint.random_generators import get_generators
 from lightning_accel.checkpoint.state import KEY, VERSION, Restored, State, fits
+from lightning_accel.logs import get_log
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 def save_checkpoint(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_accel.checkpoint.random_generators import set_generators
 from lightning_accel.data_parallel.replica import Replica
+from lightning_accel.logs import get_log
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 KEY = "lightning_accel"
 """Key of our part in a checkpoint; other strategies ignore it."""

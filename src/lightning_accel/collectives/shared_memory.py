@@ -8,7 +8,6 @@ the same.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from lightning_accel.collectives.message_plan import TwoShotPlan
 from lightning_accel.compression.error_feedback import Feedback, residual_addresses
 from lightning_accel.compression.operations import check_operands
+from lightning_accel.logs import get_log
 from lightning_accel.native import kernels
 from lightning_accel.transport.group import Group
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 CODECS = ("int8", "none")
 """Codecs that the kernel is made for."""

@@ -15,8 +15,10 @@ from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, 
 from lightning_accel.background.communicator import Communicator
 from lightning_accel.background.statistics import Statistics
 from lightning_accel.data_parallel.ddp_hook import DDPHook
+from lightning_accel.data_parallel.device_kernels import check_kernels
 from lightning_accel.data_parallel.frozen_weights import FrozenWeights
 from lightning_accel.data_parallel.rounds import Rounds
+from lightning_accel.data_parallel.unused_parameters import check_reduction
 from lightning_accel.transport.topology import discover
 
 
@@ -33,10 +35,16 @@ class Replica:
         timeout: Timeout of a collective; None takes that of the process group.
         node_name: Name of the machine this process runs on; None asks `lightning_accel.environment`.
 
+    Raises:
+        RuntimeError: On all ranks, if the algorithm needs kernels that are not there for the device of any of them.
+
     Example:
         >>> ddp = DistributedDataParallel(model)  # doctest: +SKIP
         >>> replica = Replica(ddp, ByteGrad(), optimizers=[optimizer])  # doctest: +SKIP
     """
+
+    unused_parameters_remedy = "DistributedDataParallel(..., find_unused_parameters=True)"
+    """What users write to let DDP detect unused parameters; for a message."""
 
     def __init__(
         self,
@@ -50,6 +58,7 @@ class Replica:
         parameters = Parameters.of(ddp.module)
         device = next((p.device for p in parameters.tensors if p.requires_grad), torch.device("cpu"))
         topology = discover(ddp.process_group, node_name)
+        check_kernels(algorithm, topology, ddp.process_group, device)
         self.communicator = Communicator(algorithm.name, ddp.process_group, device, timeout, topology)
         try:
             self._attach(Context(ddp, parameters, self.communicator), algorithm, list(optimizers))
@@ -175,6 +184,7 @@ class Replica:
             )
         self._hook.before_forward(module)
         self.communicator.check()
+        check_reduction(module, self.unused_parameters_remedy)
         self._end_skipped_round()
         if self._rounds.begin():
             self.algorithm.before_forward()

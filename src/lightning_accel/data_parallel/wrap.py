@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.algorithms import Algorithm, make_algorithm
-from lightning_accel.algorithms.registry import algorithm_options, check_keywords, reserve_keywords
+from lightning_accel.algorithms.registry import check_keywords, reserve_keywords
 from lightning_accel.background.statistics import Statistics
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.data_parallel.same_model import check_same_model
@@ -83,7 +84,8 @@ def wrap(
 
     Raises:
         ValueError: For an unknown algorithm or a wrong value of an option; on all ranks, if the model is not the same on all.
-        TypeError: For a keyword that neither of both takes, or a model or an optimizer that is none.
+        TypeError: For a keyword that neither of both takes, a sharded model, or a model or an optimizer that is none.
+        RuntimeError: Before `init_process_group`; or if the algorithm has no kernels for the device of a rank.
 
     Example:
         >>> with wrap(model, optimizer, "bytegrad") as model:  # doctest: +SKIP
@@ -96,18 +98,38 @@ def wrap(
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"wrap needs the optimizer, or all of them, after the model: got {type(optimizer).__name__}")
-    check_keywords("wrap", options, {"options": algorithm_options(), "DistributedDataParallel's arguments": DDP_ARGUMENTS})
+    check_keywords("wrap", algorithm, options, {"DistributedDataParallel": DDP_ARGUMENTS})
+    given = dict(options)
     ddp_kwargs = {name: options.pop(name) for name in list(options) if name in DDP_ARGUMENTS}
     chosen = make_algorithm(algorithm, options)
+    check_whole(model)
+    if not dist.is_initialized():
+        raise RuntimeError("wrap needs the other ranks: call lightning_accel.init_process_group() before it, on each rank")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     defaults = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
     check_same_model(chosen.name, model, ddp_kwargs)
     ddp = AccelDataParallel(model, **{**defaults, **ddp_kwargs})
     ddp.replica = Replica(ddp, chosen, optimizers, timeout=timeout)
+    given[chosen.unused_parameters_argument] = True
+    written = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    ddp.replica.unused_parameters_remedy = f"wrap(model, optimizer, {algorithm!r}, {written})"
     return ddp
 
 
 reserve_keywords("wrap", [name for name in inspect.signature(wrap).parameters if name != "options"])
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuses a model that was sharded.
+
+    Raises:
+        TypeError: For a module of torch's FSDP, and for parameters that are DTensors.
+    """
+    is_fsdp = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
+    if is_fsdp or sharded:
+        what = "a module in FullyShardedDataParallel" if is_fsdp else f"the sharded parameter {sharded[0]}"
+        raise TypeError(f"the model must be whole on each rank, because algorithms work on DDP: got {what}. Leave sharding out")
 
 
 def unwrap(ddp: AccelDataParallel) -> nn.Module:

@@ -16,9 +16,11 @@ from lightning_accel.algorithms import Algorithm
 from lightning_accel.checkpoint.state import KEY
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.data_parallel.same_model import check_same_model
+from lightning_accel.data_parallel.wrap import check_whole
+from lightning_accel.strategy.advice import respell
 from lightning_accel.strategy.checkpoints import Checkpoints, already_read
 from lightning_accel.strategy.options import split_keywords
-from lightning_accel.strategy.refusals import check_device, check_gradients_stay
+from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
 
 if TYPE_CHECKING:
     # Either root's DDPStrategy.
@@ -46,9 +48,13 @@ class FabricStrategy(_Base):
         >>> Fabric(strategy=AccelStrategy(algorithm="bytegrad"), devices=2)  # doctest: +SKIP
     """
 
+    registered_name: str | None = None
+    """Name that the user gave instead of an object, such as "accel_bytegrad_spawn"."""
+
     def __init__(self, algorithm: str | Algorithm = "gradient_allreduce", **kwargs: Any) -> None:
         chosen, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
         super().__init__(**base_kwargs)
+        self.keywords = {"algorithm": algorithm, **kwargs}
         self._algorithm = chosen
         self._checkpoints = Checkpoints(chosen.name)
         self._replicas: list[tuple[DistributedDataParallel, Replica]] = []
@@ -67,9 +73,12 @@ class FabricStrategy(_Base):
         """Wraps the module in DDP and attaches the algorithm. Collective."""
         if not self._algorithm.keeps_gradients:
             check_gradients_stay(self._algorithm.name, None, self.precision)
+        check_whole(module)
         check_same_model(self._algorithm.name, module, self._ddp_kwargs)
         ddp: DistributedDataParallel = super().setup_module(module)
-        self._replicas.append((ddp, Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")))
+        replica = Replica(ddp, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
+        replica.unused_parameters_remedy = f"Fabric(strategy={respell(self, {self._algorithm.unused_parameters_argument: True})})"
+        self._replicas.append((ddp, replica))
         return ddp
 
     def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -166,6 +175,9 @@ class FabricStrategy(_Base):
         # Fabric knows the device from here on, and has not started any process yet.
         check_device(self.root_device, "Fabric")
         super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = self.launcher_of_processes(self, start_method=self._start_method)
+        check_interactive(self, "Fabric")
 
     def _replicas_of(self, optimizer: torch.optim.Optimizer) -> Iterator[Replica]:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

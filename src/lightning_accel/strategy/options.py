@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from types import MappingProxyType
 from typing import Any, SupportsIndex, TypeVar
@@ -72,8 +72,7 @@ def split_keywords(
             raise ValueError(f"AccelStrategy does not take {name}: {reason}")
     given = {name: value for name, value in keywords.items() if name not in _REFUSED}
     options = algorithm_options()
-    valid: dict[str, Iterable[str]] = {"options": options, "DDPStrategy's arguments": _arguments(base)}
-    check_keywords("AccelStrategy", given, valid | {"DistributedDataParallel's arguments": _DDP})
+    check_keywords("AccelStrategy", algorithm, given, {"DDPStrategy": _arguments(base), "DistributedDataParallel": _DDP})
     algorithm_kwargs = {name: value for name, value in given.items() if name in options and value is not None}
     base_kwargs = {name: value for name, value in given.items() if name not in options}
     return make_algorithm(algorithm, algorithm_kwargs), _DEFAULTS | base_kwargs

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+
+from lightning_accel.strategy.advice import respell
 
 
 def check_device(device: torch.device, frontend: str) -> None:
@@ -17,6 +20,24 @@ def check_device(device: torch.device, frontend: str) -> None:
         raise ValueError(
             "AccelStrategy trains on CPU and CUDA; Apple's MPS has no collective communication. "
             f"Use {frontend}(accelerator='cpu'), or {frontend}(strategy='auto') for one MPS device."
+        )
+
+
+def check_interactive(strategy: Any, frontend: str) -> None:
+    """Refuses to start processes in a notebook or at a prompt, except by fork; Lightning would advise a strategy of its own.
+
+    Args:
+        strategy: Strategy that has its launcher.
+        frontend: "Trainer" or "Fabric".
+
+    Raises:
+        ValueError: For any other way to start processes.
+    """
+    is_interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+    if is_interactive and strategy.launcher is not None and not strategy.launcher.is_interactive_compatible:
+        raise ValueError(
+            "in a notebook or at Python's prompt, processes can only be started by fork: write "
+            f"{frontend}(strategy={respell(strategy, {}, '_notebook')}), or run a script"
         )
 
 

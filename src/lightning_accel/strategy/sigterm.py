@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from lightning_accel.algorithms import BoundAlgorithm
+from lightning_accel.logs import get_log
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 class SigtermRelay:

@@ -19,9 +19,11 @@ from lightning_accel.checkpoint.agreement import raise_together
 from lightning_accel.checkpoint.state import KEY, State
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.data_parallel.same_model import check_same_model
+from lightning_accel.data_parallel.wrap import check_whole
+from lightning_accel.strategy.advice import respell
 from lightning_accel.strategy.checkpoints import Checkpoints, check_checkpoint_io
 from lightning_accel.strategy.options import split_keywords
-from lightning_accel.strategy.refusals import check_device, check_gradients_stay
+from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
 from lightning_accel.strategy.sigterm import SigtermRelay
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ class TrainerStrategy(_Base):
 
     strategy_name = "accel"
 
+    registered_name: str | None = None
+    """Name that the user gave instead of an object, such as "accel_bytegrad_spawn"."""
+
     def __init__(self, algorithm: str | Algorithm = "gradient_allreduce", **kwargs: Any) -> None:
         chosen, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
         super().__init__(**base_kwargs)
+        self.keywords = {"algorithm": algorithm, **kwargs}
         self._algorithm = chosen
         self._checkpoints = Checkpoints(chosen.name)
         self._replica: Replica | None = None
@@ -66,24 +72,35 @@ class TrainerStrategy(_Base):
 
     @property
     def statistics(self) -> Statistics:
-        """What communication cost this rank in the current fit, or in the last one."""
+        """What communication cost this rank in the current fit, or in the last one; rank 0 after spawned or forked processes."""
         return self._replica.statistics if self._replica is not None else self._statistics
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics) -> None:
+        self._statistics = statistics
 
     def _configure_launcher(self) -> None:
         # Lightning knows the device from here on, and has not started any process yet.
         check_device(self.root_device, "Trainer")
         super()._configure_launcher()
-
-    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
-        check_same_model(self._algorithm.name, model, self._ddp_kwargs)
-        ddp: DistributedDataParallel = super()._setup_model(model)
-        return ddp
+        if self._start_method != "popen":
+            self._launcher = self.launcher_of_processes(self, start_method=self._start_method)
+        check_interactive(self, "Trainer")
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only; ours communicates, so it is registered always.
         assert isinstance(self.model, DistributedDataParallel)
         self._close_replica()
         self._replica = Replica(self.model, self._algorithm, timeout=self._timeout, node_name=f"node {self.node_rank}")
+        self._replica.unused_parameters_remedy = (
+            f"Trainer(strategy={respell(self, {self._algorithm.unused_parameters_argument: True})})"
+        )
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        check_whole(model)
+        check_same_model(self._algorithm.name, model, self._ddp_kwargs)
+        ddp: DistributedDataParallel = super()._setup_model(model)
+        return ddp
 
     def setup(self, trainer: Any) -> None:
         """Wraps the model, then tells the algorithm the optimizers, which exist only now. Collective."""
@@ -200,16 +217,6 @@ class TrainerStrategy(_Base):
         """Gathers every rank's tensor on all ranks."""
         self._before_collective(group)
         return super().all_gather(tensor, group, sync_grads)
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Replaces Lightning's names by ours in the advice that DDPStrategy adds to torch's errors."""
-        super().on_exception(exception)
-        exception.args = tuple(
-            argument.replace("strategy='ddp_", "strategy='accel_").replace("DDPStrategy(", "AccelStrategy(")
-            if isinstance(argument, str)
-            else argument
-            for argument in exception.args
-        )
 
     def teardown(self) -> None:
         """Ends communication, then what DDPStrategy ends. Idempotent, also after half a set-up."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_SHARDING = re.compile("fsdp|shard|zero|deepspeed|offload|wrap_policy|tensor_parallel|data_parallel_size")
+"""Words that ask for a model in pieces."""
 
 
 def check_average(value: object) -> None:
@@ -17,6 +21,16 @@ def nearest(word: object, words: Sequence[str] | dict[str, Any]) -> str:
     """The end of a message: which of the valid words comes near to a wrong one."""
     close = difflib.get_close_matches(str(word), list(words), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def hint(word: object, words: Sequence[str] | dict[str, Any]) -> str:
+    """The end of a message: the nearest valid word, or what there is for those who look for sharding."""
+    if (near := nearest(word, words)) or not _SHARDING.search(str(word)):
+        return near
+    return (
+        "; nothing is sharded here, each rank holds the whole model (DDP). To shard it use Lightning's strategy='fsdp' or "
+        "torch's fully_shard; what they send is not compressed."
+    )
 
 
 def check_communication_interval(value: object) -> None:

@@ -7,7 +7,6 @@ order.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +17,9 @@ from torch.distributed import ProcessGroup
 
 from lightning_accel.environment import variable
 from lightning_accel.launch import process_group
+from lightning_accel.logs import get_log
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 _TUNING = ("BAGUA_AUTOTUNE", "BAGUA_DEFAULT_BUCKET_SIZE", "BAGUA_SERVICE_PORT", "BAGUA_NET_IMPLEMENT")
 
@@ -38,7 +38,8 @@ def init_process_group(store: Store | None = None, rank: int = -1, world_size: i
     Raises:
         ValueError: If a store is given without the others, or variables are missing.
     """
-    if ignored := [name for name in _TUNING if variable(name) not in (None, "0", "-1")]:
+    ignored = [name for name in _TUNING if variable(name) not in (None, "0", "-1")]
+    if ignored and (rank if store is not None else process_group.get_rank()) == 0:
         _log.warning("%s: set, but there is no tuning service and no Bagua-Net here; see docs/migrate.md", ", ".join(ignored))
     if dist.is_initialized():
         return
