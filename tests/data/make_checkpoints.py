@@ -28,6 +28,8 @@ WARMUP_STEPS = 2
 KEY = "lightning_accel"
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "model", "optimizers", "extra", KEY)
 """Entries of a checkpoint that have to be equal; the others are Lightning's own."""
+FORMAT = ("version", "layouts", "rank_files", "ranks")
+"""Entries of our part that say how the checkpoint is written, not what was trained."""
 
 
 def gradients_of(rank: int, step: int) -> list[torch.Tensor]:
@@ -112,7 +114,7 @@ def train(folder: Path, resume_from: Path | None = None) -> Path:
             ddp(gradients_of(rank, step)).backward()
             optimizer.step()
         path = folder / ("last.pt" if resume_from is None else "trained.pt")
-        accel.save_checkpoint(path, ddp, optimizer, step=first + STEPS)
+        accel.save_checkpoint(path, ddp, optimizer, step=first + STEPS, rank_files="inside")
     return path
 
 
@@ -120,17 +122,22 @@ def train(folder: Path, resume_from: Path | None = None) -> Path:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """What a checkpoint and its ranks' files hold, without what differs each time; generators' states as digests."""
+    """What a checkpoint holds for all ranks and for each, wherever its format keeps it; generators' states as digests."""
     checkpoint = torch.load(path, weights_only=True)
     checkpoint = {name: checkpoint[name] for name in COMPARED if name in checkpoint}
-    folder = Path(f"{path}.ranks") / checkpoint[KEY].pop("rank_files")
-    checkpoint[KEY]["generators"] = [
-        {name: digest(state[name]) for name in ("python", "torch")} for state in checkpoint[KEY]["generators"]
-    ]
-    ranks = [torch.load(file, weights_only=True) for file in sorted(folder.iterdir())]
-    for rank in ranks:
-        assert rank.pop("folder") == folder.name
+    part = checkpoint[KEY] = {name: value for name, value in checkpoint[KEY].items() if name not in FORMAT}
+    part["generators"] = [{name: digest(state[name]) for name in ("python", "torch")} for state in part["generators"]]
+    ranks = [{name: rank[name] for name in ("replicas", "entries")} for rank in states_of_ranks(path)]
     return {"checkpoint": checkpoint, "ranks": ranks}
+
+
+def states_of_ranks(path: Path) -> list[dict[str, Any]]:
+    """What each rank held for itself, from its file or from inside the checkpoint."""
+    part = torch.load(path, weights_only=True)[KEY]
+    if part["rank_files"] is None:
+        return part["ranks"]
+    folder = Path(f"{path}.ranks") / part["rank_files"]
+    return [torch.load(file, weights_only=True) for file in sorted(folder.iterdir())]
 
 
 def digest(state: Any) -> str:
@@ -152,7 +159,7 @@ def make(folder: Path, run: Callable[..., Path]) -> None:
         torch.save(contents(trained), folder / "trained")
         for left in (trained, *folder.glob("restored.pt")):
             left.unlink()
-            shutil.rmtree(f"{left}.ranks")
+            shutil.rmtree(f"{left}.ranks", ignore_errors=True)
     torch.distributed.barrier()
 
 

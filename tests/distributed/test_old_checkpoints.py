@@ -7,36 +7,41 @@ import torch
 
 from data import make_checkpoints
 from helpers.ranks import run_ranks, run_script
-from helpers.tensors import assert_same_tree
+from helpers.tensors import assert_same_tree, outline
 
 DATA = Path(make_checkpoints.__file__).parent
-SAVED = DATA / "plain" / "last.pt"
 
 
-def go_on(rank, world_size, folder):
-    make_checkpoints.train(Path(folder), SAVED)
+def go_on(rank, world_size, folder, saved):
+    make_checkpoints.train(Path(folder), Path(saved))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="version {}".format)
+def old(request):
+    """A folder of data."""
+    return DATA / f"version-{request.param}" / "plain"
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(tmp_path_factory, old):
     """A folder with what was restored and what was trained on from there."""
     folder = tmp_path_factory.mktemp("resumed")
-    run_ranks(go_on, make_checkpoints.WORLD_SIZE, str(folder))
+    run_ranks(go_on, make_checkpoints.WORLD_SIZE, str(folder), str(old / "last.pt"))
     return folder
 
 
-def test_all_of_an_old_checkpoint_is_restored(resumed):
+def test_all_of_an_old_checkpoint_is_restored(resumed, old):
     """Catches an entry that has another name now: a residual, a counter or a generator that silently starts anew."""
-    saved = make_checkpoints.contents(SAVED)
+    saved = make_checkpoints.contents(old / "last.pt")
     assert_same_tree(make_checkpoints.contents(resumed / "restored.pt"), saved)
     assert saved["checkpoint"]["optimizers"][0]["param_groups"][0]["frozen_step"] == make_checkpoints.WARMUP_STEPS
     for own in saved["ranks"]:
         assert all(residual.any() for kind in own["replicas"][0].values() for residual in kind[:1]), "nothing that could be lost"
 
 
-def test_training_goes_on_from_an_old_checkpoint_with_the_same_bits(resumed):
+def test_training_goes_on_from_an_old_checkpoint_with_the_same_bits(resumed, old):
     """Catches state that is restored and not used, or used otherwise than before."""
-    expected = torch.load(DATA / "plain" / "trained", weights_only=True)
+    expected = torch.load(old / "trained", weights_only=True)
     assert_same_tree(make_checkpoints.contents(resumed / "trained.pt"), expected)
 
 
@@ -47,16 +52,6 @@ def test_the_script_that_made_it_makes_one_of_the_same_format(tmp_path):
     """
     (tmp_path / "plain").mkdir()
     run_script(Path(make_checkpoints.__file__), make_checkpoints.WORLD_SIZE, tmp_path, "plain", folder=tmp_path)
-    made, old = (make_checkpoints.contents(path) for path in (tmp_path / "plain" / SAVED.name, SAVED))
-    assert_same_tree(outline(made), outline(old))
-
-
-def outline(tree):
-    """Shapes and dtypes in place of tensors, types in place of other values."""
-    if isinstance(tree, torch.Tensor):
-        return str(tree.dtype), list(tree.shape)
-    if isinstance(tree, dict):
-        return {key: outline(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [outline(value) for value in tree]
-    return type(tree).__name__
+    made, newest = (folder / "plain" / "last.pt" for folder in (tmp_path, DATA / "version-2"))
+    for read in (torch.load, make_checkpoints.contents):
+        assert_same_tree(outline(read(made)), outline(read(newest)))

@@ -41,6 +41,10 @@ class _Drifting(BoundAlgorithm):
         for residual, restored in zip(self.residuals, state["residuals"], strict=True):
             residual.copy_(restored)
 
+    def reset_rank_state(self):
+        for residual in self.residuals:
+            residual.zero_()
+
 
 @register_algorithm("drifting")
 @dataclass(frozen=True)

@@ -97,3 +97,14 @@ def assert_same_tree(actual: object, expected: object, what: str = "") -> None:
             assert_same_tree(actual[place], value, f"{what}[{place}]")
     else:
         assert actual == expected, f"{what}: {actual!r}, expected {expected!r}"
+
+
+def outline(tree: object) -> object:
+    """Shapes and dtypes in place of tensors, types in place of other values."""
+    if isinstance(tree, torch.Tensor):
+        return str(tree.dtype), list(tree.shape)
+    if isinstance(tree, dict):
+        return {key: outline(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [outline(value) for value in tree]
+    return type(tree).__name__

@@ -93,6 +93,10 @@ class BoundAlgorithm:
     """Whether weights, and with them optimizers and gradient scalers, differ between ranks. Then a checkpoint keeps those of
     each rank."""
 
+    rank_state_layout = "any nodes"
+    """Which nodes `rank_state_dict` belongs to, or what else it depends on besides rank and number of ranks: words that are
+    equal on all ranks. A state of another layout is not restored."""
+
     averages: Sequence[torch.nn.Module] = ()
     """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too, unless they are
     on another device."""
@@ -169,12 +173,18 @@ class BoundAlgorithm:
     def rank_state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs and each rank holds for itself, of the same types; empty on all ranks or on none.
 
-        Called after `consensus`; not collective. Each rank writes it to a file of its own.
+        Called after `consensus`; not collective. Tensors may be the algorithm's own: they are written before it goes on.
         """
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `rank_state_dict` returned on this rank, of as many ranks. Called after `load_state_dict`, or never."""
+        """Restores what `rank_state_dict` returned on this rank, of as many ranks and the same `rank_state_layout`.
+
+        Called after `load_state_dict`.
+        """
+
+    def reset_rank_state(self) -> None:
+        """Starts anew what `rank_state_dict` returns: a checkpoint was loaded that has nothing of the kind for this rank."""
 
     def teardown(self) -> None:
         """Ends what was started. Called after an exception too."""

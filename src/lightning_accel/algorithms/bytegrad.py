@@ -99,8 +99,15 @@ class _ByteGrad(BoundAlgorithm):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.reducer.commit(optimizer)
 
+    @property
+    def rank_state_layout(self) -> str:  # type: ignore[override]
+        return self.reducer.pipeline.residual_layout
+
     def rank_state_dict(self) -> dict[str, Any]:
         return self.reducer.pipeline.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         self.reducer.pipeline.load_state_dict(state)
+
+    def reset_rank_state(self) -> None:
+        self.reducer.pipeline.reset()

@@ -152,11 +152,18 @@ class _QAdam(BoundAlgorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._warmup.load_state_dict(state)
 
+    @property
+    def rank_state_layout(self) -> str:  # type: ignore[override]
+        return self._reducer.pipeline.residual_layout
+
     def rank_state_dict(self) -> dict[str, Any]:
         return self._reducer.pipeline.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         self._reducer.pipeline.load_state_dict(state)
+
+    def reset_rank_state(self) -> None:
+        self._reducer.pipeline.reset()
 
     @property
     def _phase(self) -> Phase:

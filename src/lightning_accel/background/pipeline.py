@@ -148,8 +148,13 @@ class Pipeline:
             ranges = None if parameters is None else [r for parameter in parameters for r in self._residual_ranges(parameter)]
             self._feedback.commit(ranges)
 
+    @property
+    def residual_layout(self) -> str:
+        """Which nodes the residuals belong to, in words: with hierarchy, who owns a block depends on them."""
+        return f"nodes {self._communicator.topology.nodes}" if self._hierarchical else "any nodes"
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's residuals, if there are any."""
+        """Returns this rank's residuals, if there are any; they are not copied."""
         return self._feedback.state_dict() if self._feedback is not None else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,6 +165,11 @@ class Pipeline:
         """
         if self._feedback is not None and state:
             self._feedback.load_state_dict(state)
+
+    def reset(self) -> None:
+        """Drops what residuals hold."""
+        if self._feedback is not None:
+            self._feedback.reset()
 
     def _plan(self, dtype: torch.dtype, places: Places) -> TwoShotPlan | HierarchicalPlan:
         first = self._queues[0]

@@ -50,3 +50,28 @@ def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def of_first_rank(value: _T, group: dist.ProcessGroup | None) -> _T:
+    """Returns the first rank's value, on all ranks. Collective."""
+    values = [value]
+    if rank_and_world_size(group)[1] > 1:
+        dist.broadcast_object_list(values, group_src=0, group=group)
+    return values[0]
+
+
+def gather_on_first_rank(value: _T, group: dist.ProcessGroup | None) -> list[_T]:
+    """Returns every rank's value on the first rank, nothing on the others. Collective.
+
+    The values come one after the other, so that no more than one of them is on its way, through a GPU's memory perhaps.
+    """
+    rank, world_size = rank_and_world_size(group)
+    values = [value]
+    for source in range(1, world_size):
+        if rank == source:
+            dist.send_object_list([value], group_dst=0, group=group)
+        elif rank == 0:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, group_src=source, group=group)
+            values += received
+    return values if rank == 0 else []

@@ -1,200 +1,218 @@
-"""A checkpoint and the ranks' files beside it: the first has what all ranks share, the files what each rank has of its own.
-
-Under `KEY` the checkpoint itself has the algorithm's common state and the ranks' random generators, which are small. Each rank
-writes the rest, residuals and, where they differ by rank, optimizers, to a file of its own:
+"""Where a checkpoint keeps what each rank holds for itself: in a file of each rank beside it, or inside it.
 
     last.ckpt
     last.ckpt.ranks/step-1200-9f3c2a1b/rank-0-of-2.pt
                                        rank-1-of-2.pt
 
-The checkpoint names the folder that belongs to it. A save writes a new folder, then the checkpoint, and only then removes
-folders of earlier saves: a rank may be killed at any time, and the checkpoint that is left has its files.
+The checkpoint names the folder that belongs to it. All ranks write at once, and each rank reads its own file alone. Where such
+files cannot be, rank 0 gathers the ranks' states and writes them into the checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-import torch
 import torch.distributed as dist
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_accel.checkpoint.agreement import all_gather, raise_together, rank_and_world_size
-from lightning_accel.checkpoint.random_generators import get_generators
-from lightning_accel.checkpoint.state import KEY, VERSION, Restored, State, fits
+from lightning_accel.checkpoint import files
+from lightning_accel.checkpoint.agreement import all_gather, gather_on_first_rank, raise_together, rank_and_world_size
 from lightning_accel.logs import get_log
 
 _log = get_log(__name__)
 
+RankFiles = Literal["auto", "beside", "inside"]
+"""Where the ranks' states go: "beside" the checkpoint, "inside" it, or "auto": beside it if all ranks see the same files there,
+else inside."""
 
-def save_checkpoint(
-    path: str | os.PathLike[str],
-    state: State,
-    entries: Mapping[str, Any],
-    write: Callable[[dict[str, Any]], None],
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Writes the ranks' files, if there is anything to write, and the checkpoint. Collective.
+REMEDY = (
+    "move and copy a checkpoint together with its folder of files; if they are lost, restore_rank_state=False goes on with the "
+    "model and rank 0's optimizers"
+)
 
-    If it raises, or is killed, the checkpoint that is left is whole and has its files.
 
-    Args:
-        path: Path of the checkpoint.
-        state: State of the replicas.
-        entries: Entries of the checkpoint that go into the rank's file, too, if `state.ranks_differ`.
-        write: Function that writes the checkpoint, with its argument under `KEY`. All ranks call it; rank 0 may do the work.
-        group: Process group of the ranks; None is the default one.
+class Inside:
+    """The ranks' states are in the checkpoint; rank 0 needs memory for all of them."""
 
-    Raises:
-        RuntimeError: On all ranks, if it failed on any.
-        ValueError: On all ranks, if there are files to write and `path` is not a local one.
+    def save(self, own: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+        """Gathers the states, and returns what rank 0 writes into the checkpoint. Collective."""
+        data = raise_together(lambda: bytes(files.to_bytes(own, "a rank's state")), "copy its state", group)
+        return {"ranks": [files.from_bytes(data) for data in gather_on_first_rank(data, group)]}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Each rank's state is in a file.
+
+    Attributes:
+        path: Path or URL of the checkpoint.
+        folder: Name of the folder for this save's files.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
-    rank, world_size = rank_and_world_size(group)
-    name = f"step-{max(state.rounds, default=0)}-{secrets.token_hex(4)}"
-    gathered = all_gather((name, state.rounds, state.needs_file, get_generators()), group)
-    folder = gathered[0][0] if any(needs_file for _, _, needs_file, _ in gathered) else None
-    if folder is not None:
-        own = {
-            "version": VERSION,
-            "folder": folder,
-            "rank": rank,
-            "world_size": world_size,
-            "rounds": gathered[0][1],  # the checkpoint's: with async this rank may have finished another number
-            "replicas": state.own,
-            "entries": dict(entries) if state.ranks_differ else {},
-        }
-        file = f"{folder}/{_file_name(rank, world_size)}"
+
+    path: str
+    folder: str
+    rank: int
+    world_size: int
+
+    def save(self, own: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+        """Writes the files, and returns what rank 0 writes into the checkpoint. Collective."""
+        file = self._file(self.rank)
         try:
-            raise_together(lambda: write_whole(_folders(path) / file, own), f"write its file of {os.fspath(path)}", group)
+            raise_together(lambda: files.write_file(file, self._identity | own), f"write its file of {self.path}", group)
         except Exception:
-            if rank == 0:
-                remove_files(path, folder)
+            self._discard()
             raise
-    part = state.part(world_size, [generators for *_, generators in gathered], folder)
-    raise_together(lambda: write(part), f"write {os.fspath(path)}", group)
-    if rank == 0:
-        remove_files(path, but=folder)
+        return {"rank_files": self.folder}
+
+    def load(self, expected: dict[str, Any]) -> dict[str, Any]:
+        """Reads this rank's file.
+
+        Args:
+            expected: Entries that the file has if it is of the checkpoint's save.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is torn, or of another save.
+        """
+        file = self._file(self.rank)
+        try:
+            own: dict[str, Any] = files.read_file(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file} is missing: {REMEDY}") from None
+        except Exception as error:
+            raise ValueError(f"{file} is torn: {type(error).__name__}: {error}; {REMEDY}") from error
+        expected = self._identity | expected
+        got = {name: own.get(name) for name in expected} if isinstance(own, dict) else own
+        if got != expected:
+            raise ValueError(f"{file} does not belong to {self.path}, which needs {expected}: got {got}; {REMEDY}")
+        return own
+
+    def find_obstacle(self, group: dist.ProcessGroup | None) -> str | None:
+        """Makes the folder, and returns the reason if the ranks' files cannot be there. Collective."""
+        first = self._file(0)
+
+        def write() -> None:
+            if self.rank == 0:
+                files.touch_file(first)
+
+        def see() -> None:
+            files.find_file(first)
+
+        for action in (write, see):
+            for rank, reason in enumerate(all_gather(_failure_of(action), group)):
+                if reason is not None:
+                    self._discard()
+                    return f"rank {rank} could not {action.__name__} {first}: {reason}"
+        return None
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"folder": self.folder, "rank": self.rank, "world_size": self.world_size}
+
+    def _file(self, rank: int) -> str:
+        return f"{_folders(self.path)}/{self.folder}/rank-{rank}-of-{self.world_size}.pt"
+
+    def _discard(self) -> None:
+        if self.rank == 0:
+            _remove(self.path, lambda folder: folder == self.folder)
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str],
-    read: Callable[[], dict[str, Any]],
-    algorithm: str,
-    replicas: int,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[dict[str, Any], Restored | None]:
-    """Reads a checkpoint and this rank's file, and changes nothing. Collective.
+def choose_place(path: str, folder: str, rank_files: RankFiles, group: dist.ProcessGroup | None) -> Inside | Beside:
+    """Returns where a save's states go. Collective.
 
     Args:
-        path: Path of the checkpoint.
-        read: Function that reads the checkpoint.
-        algorithm: Name of this run's algorithm.
-        replicas: Number of this run's replicas.
+        path: Path or URL of the checkpoint.
+        folder: Name for the folder of files, the same on all ranks.
+        rank_files: See `RankFiles`.
         group: Process group of the ranks; None is the default one.
 
-    Returns:
-        The checkpoint, with this rank's own entries, and the state to apply afterwards; None if there is none in it.
-
     Raises:
-        FileNotFoundError: On all ranks, if a rank's file is missing; the message names it.
-        ValueError: On all ranks, if a rank's file is torn or belongs to another save; the message names it.
-        RuntimeError: On all ranks, if it failed on any for another reason.
+        RuntimeError: On all ranks, if the files have to be beside the checkpoint and cannot be.
     """
     rank, world_size = rank_and_world_size(group)
-
-    def read_both() -> tuple[dict[str, Any], Restored | None]:
-        checkpoint = read()
-        part = checkpoint.get(KEY)
-        if part is None:
-            return checkpoint, None
-        if part.get("version") != VERSION:
-            raise ValueError(
-                f"{os.fspath(path)} must have version {VERSION}: got version {part.get('version')}. Update the package"
-            )
-        if part["rank_files"] is None or part["world_size"] != world_size or not fits(part, algorithm, replicas):
-            return checkpoint, Restored(part, rank, world_size)
-        own = _read_file(path, part, rank)
-        return {**checkpoint, **own["entries"]}, Restored(part, rank, world_size, own["replicas"])
-
-    return raise_together(read_both, f"read {os.fspath(path)}", group)
+    if rank_files == "inside" or world_size == 1:
+        return Inside()
+    beside = Beside(path, folder, rank, world_size)
+    obstacle = beside.find_obstacle(group)
+    if obstacle is None:
+        return beside
+    if rank_files == "beside":
+        raise RuntimeError(
+            f"{obstacle}. rank_files='beside' needs a place for files that all ranks share; use 'auto' or 'inside' to gather the "
+            "ranks' states in the checkpoint"
+        )
+    _log.info("rank 0 gathers the ranks' states in the checkpoint: %s", obstacle)
+    return Inside()
 
 
-def remove_files(path: str | os.PathLike[str], folder: str = "step-*", *, but: str | None = None) -> None:
-    """Removes the ranks' files of a checkpoint, and logs it if that fails."""
-    if _is_remote(path):
-        return
+def load_own(path: str, part: dict[str, Any], rank: int) -> dict[str, Any] | None:
+    """Returns what a rank held for itself when the checkpoint was saved; None if the checkpoint has nothing of the kind.
+
+    Args:
+        path: Path or URL of the checkpoint.
+        part: Our part of the checkpoint.
+        rank: Rank, among as many as there were.
+
+    Raises:
+        FileNotFoundError: If the rank's file is missing.
+        ValueError: If it is torn, or of another save.
+    """
+    if part.get("ranks") is not None:
+        own: dict[str, Any] = part["ranks"][rank]
+        return own
+    if part["rank_files"] is None:
+        return None
+    local = files.local_path(path)  # a link, such as Lightning's last.ckpt, has its files where it points to
+    beside = Beside(path if local is None else os.path.realpath(local), part["rank_files"], rank, part["world_size"])
+    return beside.load({"version": part["version"], "rounds": [common["rounds"] for common in part["replicas"]]})
+
+
+def remove_rank_files(path: str, *, but: str | None = None) -> None:
+    """Removes the ranks' files of a checkpoint, and what a killed writer left behind; logs it if that fails.
+
+    Args:
+        path: Path or URL of the checkpoint.
+        but: Folder to keep.
+    """
+    _remove(path, lambda folder: folder.startswith("step-") and folder != but)
+
+
+def check_rank_files(value: object) -> None:
+    """Refuses anything but a `RankFiles`.
+
+    Raises:
+        ValueError: For another value.
+    """
+    if value not in get_args(RankFiles):
+        raise ValueError(f"rank_files must be one of {', '.join(map(repr, get_args(RankFiles)))}: got {value!r}")
+
+
+def _remove(path: str, is_to_go: Callable[[str], bool]) -> None:
     folders = _folders(path)
     try:
-        for found in folders.glob(folder):
-            if found.name != but:
-                shutil.rmtree(found)
-        if folders.exists() and not any(folders.iterdir()):
-            folders.rmdir()
-    except OSError as error:
+        files.remove_leftovers(path)
+        found = files.names_in(folders)
+        for folder in filter(is_to_go, found):
+            files.remove_folder(f"{folders}/{folder}")
+        if found and not files.names_in(folders):
+            files.remove_folder(folders)
+    except (ImportError, ValueError):
+        pass  # a URL that only the user's own writer knows: there are no files of ours
+    except Exception as error:  # of any file system that fsspec knows
         _log.warning("the ranks' files of a former checkpoint could not be removed: %s", error)
 
 
-def write_whole(path: Path, saved: dict[str, Any]) -> None:
-    """Writes a file that is complete or absent, and that torch.load reads with weights_only=True.
+def _folders(path: str) -> str:
+    return f"{path}.ranks"
 
-    Raises:
-        TypeError: For a type that such a torch.load refuses.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+
+def _failure_of(action: Callable[[], object]) -> str | None:
     try:
-        with beside.open("wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if refused := get_unsafe_globals_in_checkpoint(beside):
-            raise TypeError(f"{path} must be made of tensors, numbers, strings, lists and dicts: it holds {', '.join(refused)}")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _read_file(path: str | os.PathLike[str], part: dict[str, Any], rank: int) -> dict[str, Any]:
-    world_size = part["world_size"]
-    # A link, such as Lightning's last.ckpt, has its files where it points to.
-    file = _folders(path if _is_remote(path) else os.path.realpath(path)) / part["rank_files"] / _file_name(rank, world_size)
-    remedy = "move and copy a checkpoint together with its folder of files; without it, start anew from the model's weights"
-    try:
-        own: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: {remedy}") from None
+        action()
     except Exception as error:
-        raise ValueError(f"{file} is torn: {type(error).__name__}: {error}; {remedy}") from error
-    expected = {
-        "version": VERSION,
-        "folder": part["rank_files"],
-        "rank": rank,
-        "world_size": world_size,
-        "rounds": [common["rounds"] for common in part["replicas"]],
-    }
-    got = {name: own.get(name) for name in expected} if isinstance(own, dict) else own
-    if got != expected:
-        raise ValueError(f"{file} does not belong to {os.fspath(path)}, which needs {expected}: got {got}; {remedy}")
-    return own
-
-
-def _folders(path: str | os.PathLike[str]) -> Path:
-    if _is_remote(path):
-        raise ValueError(
-            f"{os.fspath(path)} is not a local path: each rank writes its own state to a file beside the checkpoint, on a file "
-            "system that all ranks share. Give a path of it, without file:// and the like"
-        )
-    return Path(f"{os.fspath(path)}.ranks")
-
-
-def _is_remote(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
-
-
-def _file_name(rank: int, world_size: int) -> str:
-    return f"rank-{rank}-of-{world_size}.pt"
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -99,8 +99,8 @@ class ErrorFeedback:
             old[kind][first : first + numel].copy_(updated[kind][first : first + numel])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Returns copies of the residuals."""
-        return {kind: residuals.clone() for kind, residuals in self._memory[0].items()}
+        """Returns the residuals themselves, which the next steps overwrite."""
+        return dict(self._memory[0])
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores what `state_dict` returned on this rank.
@@ -115,4 +115,10 @@ class ErrorFeedback:
                     "model, number of ranks or hierarchy"
                 )
             residuals.copy_(state[kind])
+        self._has_written = False
+
+    def reset(self) -> None:
+        """Sets the residuals to zero."""
+        for residuals in self._memory[0].values():
+            residuals.zero_()
         self._has_written = False

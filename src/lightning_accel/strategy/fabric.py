@@ -18,6 +18,7 @@ from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.data_parallel.same_model import check_same_model
 from lightning_accel.data_parallel.wrap import check_whole
 from lightning_accel.strategy.advice import respell
+from lightning_accel.strategy.checkpoint_io import WholeFiles
 from lightning_accel.strategy.checkpoints import Checkpoints, already_read
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
@@ -29,7 +30,7 @@ else:
     _Base = object
 
 
-class FabricStrategy(_Base):
+class FabricStrategy(WholeFiles, _Base):
     """Fabric's data-parallel training whose communication is chosen by one word.
 
     Each module that `fabric.setup` gets is wrapped in torch's DDP, with the algorithm attached; `fabric.no_backward_sync`
@@ -38,7 +39,7 @@ class FabricStrategy(_Base):
 
     Args:
         algorithm: Name of a registered algorithm, such as "bytegrad", or an `Algorithm` object.
-        **kwargs: Options of the algorithm, and arguments of DDPStrategy and of torch's DistributedDataParallel.
+        **kwargs: Options of the algorithm and of checkpoints, arguments of DDPStrategy and of torch's DistributedDataParallel.
 
     Raises:
         ValueError: For an unknown algorithm or a wrong value.
@@ -52,11 +53,11 @@ class FabricStrategy(_Base):
     """Name that the user gave instead of an object, such as "accel_bytegrad_spawn"."""
 
     def __init__(self, algorithm: str | Algorithm = "gradient_allreduce", **kwargs: Any) -> None:
-        chosen, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
+        chosen, checkpoint_options, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
         super().__init__(**base_kwargs)
         self.keywords = {"algorithm": algorithm, **kwargs}
         self._algorithm = chosen
-        self._checkpoints = Checkpoints(chosen.name)
+        self._checkpoints = Checkpoints(chosen.name, checkpoint_options)
         self._replicas: list[tuple[DistributedDataParallel, Replica]] = []
 
     @property
@@ -130,7 +131,7 @@ class FabricStrategy(_Base):
         save = super().save_checkpoint
         entries = {name: value.state_dict() for name, value in state.items() if isinstance(value, Optimizer | LRScheduler)}
 
-        def write(part: dict[str, Any]) -> None:
+        def write(path: str, part: dict[str, Any]) -> None:
             save(path, {**state, KEY: part}, *args, **kwargs)
 
         self._checkpoints.save(path, self._checkpoints.state(self.replicas), entries, self.checkpoint_io, write)
@@ -151,7 +152,7 @@ class FabricStrategy(_Base):
             return loaded
         if not isinstance(state, dict) or not state:
             return load(path, state, *args, **kwargs)
-        checkpoint = self._checkpoints.load(path, lambda: load(path, None, *args, **kwargs), len(self._replicas))
+        checkpoint = self._checkpoints.load(path, lambda path: load(path, None, *args, **kwargs), len(self._replicas))
         checkpoint.pop(KEY, None)
         self.consensus()  # ends what is in flight
         with already_read(self, checkpoint):

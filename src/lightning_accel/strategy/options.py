@@ -1,8 +1,8 @@
-"""The keywords of both strategies: options of the registered algorithms, arguments of Lightning's DDPStrategy and torch's DDP.
+"""The keywords of both strategies: options of the registered algorithms, of checkpoints, and arguments of DDPStrategy and DDP.
 
-None of them is listed here. An algorithm's dataclass names its options, with default and docstring; the signatures of the two
-base classes name the rest. Signature and docstring of a strategy are made when somebody reads them, so that an algorithm that
-was registered later appears in LightningCLI and in `help`, too.
+None of them is listed here. An algorithm's dataclass names its options, with default and docstring, and so does that of
+checkpoints; the signatures of the two base classes name the rest. Signature and docstring of a strategy are made when somebody
+reads them, so that an algorithm that was registered later appears in LightningCLI and in `help`, too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning_accel.algorithms import Algorithm, make_algorithm
 from lightning_accel.algorithms.common.docstrings import parse_args
 from lightning_accel.algorithms.registry import algorithm_options, check_keywords, reserve_keywords, type_hints
 from lightning_accel.data_parallel.wrap import DDP_ARGUMENTS
+from lightning_accel.strategy.checkpoints import CheckpointOptions
 
 _REFUSED = {
     "ddp_comm_state": "the algorithm is the communication hook",
@@ -48,6 +49,8 @@ _DOCS = {
 }
 """Descriptions of the base classes' arguments: DDPStrategy has none, and for one default DDP's is not true."""
 
+_CHECKPOINT_OPTIONS = inspect.signature(CheckpointOptions).parameters
+
 _DDP = {name: parameter for name, parameter in DDP_ARGUMENTS.items() if name != "device_ids"}
 
 _Class = TypeVar("_Class", bound=type)
@@ -55,8 +58,8 @@ _Class = TypeVar("_Class", bound=type)
 
 def split_keywords(
     base: Callable[..., None], algorithm: str | Algorithm, keywords: Mapping[str, Any]
-) -> tuple[Algorithm, dict[str, Any]]:
-    """Makes the algorithm, and returns it with the keywords that are the base class's and DDP's.
+) -> tuple[Algorithm, CheckpointOptions, dict[str, Any]]:
+    """Makes the algorithm and the options of checkpoints, and returns them with the keywords of the base class and DDP.
 
     Args:
         base: Constructor of the base class.
@@ -72,10 +75,12 @@ def split_keywords(
             raise ValueError(f"AccelStrategy does not take {name}: {reason}")
     given = {name: value for name, value in keywords.items() if name not in _REFUSED}
     options = algorithm_options()
-    check_keywords("AccelStrategy", algorithm, given, {"DDPStrategy": _arguments(base), "DistributedDataParallel": _DDP})
+    others = {"DDPStrategy": _arguments(base), "DistributedDataParallel": _DDP, "checkpoints": _CHECKPOINT_OPTIONS}
+    check_keywords("AccelStrategy", algorithm, given, others)
     algorithm_kwargs = {name: value for name, value in given.items() if name in options and value is not None}
-    base_kwargs = {name: value for name, value in given.items() if name not in options}
-    return make_algorithm(algorithm, algorithm_kwargs), _DEFAULTS | base_kwargs
+    checkpoint_kwargs = {name: value for name, value in given.items() if name in _CHECKPOINT_OPTIONS}
+    base_kwargs = {name: value for name, value in given.items() if name not in {*options, *_CHECKPOINT_OPTIONS}}
+    return make_algorithm(algorithm, algorithm_kwargs), CheckpointOptions(**checkpoint_kwargs), _DEFAULTS | base_kwargs
 
 
 def show_keywords(cls: _Class) -> _Class:
@@ -89,7 +94,7 @@ def show_keywords(cls: _Class) -> _Class:
     """
     mixin, ddp_strategy = cls.__bases__
     constructor, base = mixin.__init__, ddp_strategy.__init__  # type: ignore[misc]
-    reserve_keywords("DDPStrategy", ["algorithm", *_REFUSED, *_arguments(base)])
+    reserve_keywords("DDPStrategy", ["algorithm", *_REFUSED, *_CHECKPOINT_OPTIONS, *_arguments(base)])
 
     @wraps(constructor)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - jsonargparse takes functions, no descriptors
@@ -115,10 +120,10 @@ class _LiveSignature(inspect.Signature):
     def parameters(self) -> MappingProxyType[str, inspect.Parameter]:
         keyword_only = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
         parameters = [*inspect.signature(self._constructor).parameters.values()][:-1]  # all but **kwargs
-        hints = type_hints(self._base) | type_hints(self._constructor)
+        hints = type_hints(self._base) | type_hints(CheckpointOptions) | type_hints(self._constructor)
         for name, option in algorithm_options().items():
             parameters.append(keyword_only(name, default=None, annotation=option.annotation))
-        for name, parameter in (_arguments(self._base) | _DDP).items():
+        for name, parameter in (_CHECKPOINT_OPTIONS | _arguments(self._base) | _DDP).items():
             default = _DEFAULTS.get(name, parameter.default)
             parameters.append(keyword_only(name, default=default, annotation=parameter.annotation))
         typed = (parameter.replace(annotation=hints.get(parameter.name, parameter.annotation)) for parameter in parameters)
@@ -139,7 +144,7 @@ class _LiveDocstring(str):
     _signature: _LiveSignature
 
     def __get__(self, instance: object, owner: type | None = None) -> str:
-        docs = parse_args(DistributedDataParallel.__doc__) | _DOCS
+        docs = parse_args(DistributedDataParallel.__doc__) | _DOCS | parse_args(CheckpointOptions.__doc__)
         docs |= {name: option.doc for name, option in algorithm_options().items()}
         entries = [
             textwrap.fill(

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +14,15 @@ from torch.optim.swa_utils import AveragedModel
 import lightning_accel_autoload
 from lightning_accel.algorithms import Algorithm
 from lightning_accel.background.statistics import Statistics
-from lightning_accel.checkpoint import rank_files
-from lightning_accel.checkpoint.agreement import raise_together
+from lightning_accel.checkpoint.agreement import of_first_rank, raise_together
+from lightning_accel.checkpoint.rank_files import remove_rank_files
 from lightning_accel.checkpoint.state import KEY, State
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.data_parallel.same_model import check_same_model
 from lightning_accel.data_parallel.wrap import check_whole
 from lightning_accel.strategy.advice import respell
-from lightning_accel.strategy.checkpoints import Checkpoints, check_checkpoint_io
+from lightning_accel.strategy.checkpoint_io import WholeFiles
+from lightning_accel.strategy.checkpoints import Checkpoints
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
 from lightning_accel.strategy.sigterm import SigtermRelay
@@ -33,14 +34,14 @@ else:
     _Base = object
 
 
-class TrainerStrategy(_Base):
+class TrainerStrategy(WholeFiles, _Base):
     """Data-parallel training whose communication is chosen by one word.
 
     The model is wrapped in torch's DDP; the algorithm decides what travels. An option left at None has the algorithm's default.
 
     Args:
         algorithm: Name of a registered algorithm, such as "bytegrad", or an `Algorithm` object.
-        **kwargs: Options of the algorithm, and arguments of DDPStrategy and of torch's DistributedDataParallel.
+        **kwargs: Options of the algorithm and of checkpoints, arguments of DDPStrategy and of torch's DistributedDataParallel.
 
     Raises:
         ValueError: For an unknown algorithm or a wrong value.
@@ -56,11 +57,11 @@ class TrainerStrategy(_Base):
     """Name that the user gave instead of an object, such as "accel_bytegrad_spawn"."""
 
     def __init__(self, algorithm: str | Algorithm = "gradient_allreduce", **kwargs: Any) -> None:
-        chosen, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
+        chosen, checkpoint_options, base_kwargs = split_keywords(super().__init__, algorithm, kwargs)
         super().__init__(**base_kwargs)
         self.keywords = {"algorithm": algorithm, **kwargs}
         self._algorithm = chosen
-        self._checkpoints = Checkpoints(chosen.name)
+        self._checkpoints = Checkpoints(chosen.name, checkpoint_options)
         self._replica: Replica | None = None
         self._sigterm: SigtermRelay | None = None
         self._statistics = Statistics()
@@ -109,7 +110,7 @@ class TrainerStrategy(_Base):
         super().setup(trainer)
         if self._replica is not None:
             self._replica.attach_optimizers(self.optimizers)
-            check_checkpoint_io(self.checkpoint_io, self._state)
+            self._checkpoints.check_writer(self.checkpoint_io)
             if self._replica.algorithm.relays_termination and self.world_size > 1:
                 self._sigterm = SigtermRelay(trainer, self._replica.algorithm, self._reach_consensus)
 
@@ -160,15 +161,15 @@ class TrainerStrategy(_Base):
         """Adds the algorithm's state, which other strategies ignore, and writes what each rank holds for itself. Collective."""
         save = super().save_checkpoint
 
-        def write(part: dict[str, Any] | None = None) -> None:
+        def write(path: Any = filepath, part: dict[str, Any] | None = None) -> None:
             if part is not None:
                 checkpoint[KEY] = part
-            save(checkpoint, filepath, storage_options)
+            save(checkpoint, path, storage_options)
 
         # After the fit, when there is no replica, too: that is when users save.
         state = self._state() if self._replica is not None else self._checkpoints.final_state
         if self._is_interrupted:
-            write(None if state is None else state.part(self.world_size))
+            write(part=None if state is None else state.part(self.world_size))
         elif state is None or "optimizer_states" not in checkpoint:
             raise_together(write, f"write {filepath}")  # nobody resumes from weights alone
         else:
@@ -179,9 +180,13 @@ class TrainerStrategy(_Base):
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a checkpoint, and for a fit what this rank held for itself, which is restored after all the rest."""
-        read: Callable[[], dict[str, Any]] = partial(super().load_checkpoint, checkpoint_path, *args, **kwargs)
+        load: Callable[..., dict[str, Any]] = super().load_checkpoint
+
+        def read(path: Any) -> dict[str, Any]:
+            return load(path, *args, **kwargs)
+
         if self._trainer is None or self._trainer.state.fn != "fit":
-            return read()
+            return read(of_first_rank(checkpoint_path, None))
         return self._checkpoints.load(checkpoint_path, read, 1)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -194,7 +199,7 @@ class TrainerStrategy(_Base):
         """Removes a checkpoint and the ranks' files."""
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
-            rank_files.remove_files(filepath)
+            remove_rank_files(os.fspath(filepath))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks, unless this one handles an exception, which the others may not have."""
