@@ -16,6 +16,7 @@ from lightning_accel.algorithms import Algorithm
 from lightning_accel.checkpoint.state import KEY
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.strategy.checkpoints import Checkpoints, already_read
+from lightning_accel.strategy.joining import join
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay
 
@@ -164,6 +165,11 @@ class FabricStrategy(_Base):
         # Fabric knows the device from here on, and has not started any process yet.
         check_device(self.root_device, "Fabric")
         super()._configure_launcher()
+
+    def _setup_distributed(self) -> None:
+        self._set_world_ranks()
+        join(self)
+        super()._setup_distributed()
 
     def _replicas_of(self, optimizer: torch.optim.Optimizer) -> Iterator[Replica]:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

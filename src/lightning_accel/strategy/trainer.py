@@ -19,6 +19,7 @@ from lightning_accel.checkpoint.agreement import raise_together
 from lightning_accel.checkpoint.state import KEY, State
 from lightning_accel.data_parallel.replica import Replica
 from lightning_accel.strategy.checkpoints import Checkpoints, check_checkpoint_io
+from lightning_accel.strategy.joining import join
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay
 from lightning_accel.strategy.sigterm import SigtermRelay
@@ -72,6 +73,12 @@ class TrainerStrategy(_Base):
         # Lightning knows the device from here on, and has not started any process yet.
         check_device(self.root_device, "Trainer")
         super()._configure_launcher()
+
+    def setup_distributed(self) -> None:
+        """Joins the other ranks. Collective."""
+        self.set_world_ranks()
+        join(self)
+        super().setup_distributed()
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only; ours communicates, so it is registered always.
