@@ -92,6 +92,29 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
     assert "is it free?" in line
 
 
+IMPATIENT = """
+import sys
+from lightning_accel.launch import cli
+from lightning_accel.transport import long_waits
+
+long_waits.FIRST_SECONDS = 0.5
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_run_says_that_it_waits_for_other_nodes(tmp_path, port, rank):
+    """Catches silence, for a quarter of an hour, when the command was not started on one of the nodes."""
+    words = ("run", "--nnodes", 2, "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port, tmp_path / "x.py")
+    node = programs.start(sys.executable, "-c", IMPATIENT, *words)
+    try:
+        line = next(line for line in node.stderr if "aiting" in line)
+    finally:
+        node.kill()
+        node.communicate()
+    assert line.startswith(f"lightning-accel run: Waiting for other nodes at 127.0.0.1:{port}: this is node {rank} of 2 (")
+
+
 def test_env_says_who_this_process_is():
     """Catches a command that needs what it is to find out, and a machine that each of its processes describes once more."""
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}

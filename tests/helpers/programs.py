@@ -46,6 +46,25 @@ def reserved_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
+@contextlib.contextmanager
+def agent_store() -> Iterator[int]:
+    """The port of a store like that of torchrun's agent: it outlives the ranks of an attempt."""
+    from torch.distributed import TCPStore
+
+    with reserved_port() as port:
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        yield port
+        del store
+
+
+def torchrun_variables(rank: int, world_size: int, port: int, attempt: int = 0) -> dict[str, str]:
+    """What torchrun sets in the environment of a rank on a single node."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt}
+    return {name: str(value) for name, value in variables.items()}
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended may wait for its parent still."""
     try:

@@ -126,7 +126,9 @@ class Communicator:
         self._pass_on(work, steps, ready)
         return work.future
 
-    def all_reduce(self, label: str, tensor: torch.Tensor, queue: CommQueue) -> torch.futures.Future[torch.Tensor]:
+    def all_reduce(
+        self, label: str, tensor: torch.Tensor, queue: CommQueue, *, is_gradient: bool = True
+    ) -> torch.futures.Future[torch.Tensor]:
         """Sums `tensor` over all ranks in the background, by the backend's own all_reduce: no thread of ours between.
 
         But where gloo carries CUDA tensors the queue's thread waits for it: gloo's future completes while the sum is still being
@@ -134,8 +136,10 @@ class Communicator:
         """
         if tensor.is_cuda and self._uses_threads:
             # Waiting lets the queue's stream wait for the copy.
-            return self.submit(label, tensor, Step("all_reduce", queue, lambda: queue.group.all_reduce(tensor).wait()))
-        self.count_full_precision([tensor])
+            step = Step("all_reduce", queue, lambda: queue.group.all_reduce(tensor).wait())
+            return self.submit(label, tensor, step, is_gradient=is_gradient)
+        if is_gradient:
+            self.count_full_precision([tensor])
         work = PendingWork(label, tensor)
         if not self._tracker.begin(work):
             return work.deliver()

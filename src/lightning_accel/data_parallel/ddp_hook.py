@@ -6,20 +6,20 @@ This module must not postpone annotations: DDP refuses hooks whose annotations a
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.algorithms.base import BoundAlgorithm, GradBucket
-from lightning_accel.data_parallel.ddp_process_group import AllReduceInterceptor
+from lightning_accel.data_parallel.ddp_collectives import DDPCollectives
 
 
 class DDPHook:
     """Hands the buckets of a DDP instance to an algorithm, and waits for them at the end of each backward.
 
-    If the algorithm `lets_ddp_divide`, DDP's reducer gets an `AllReduceInterceptor` in place of its process group; else DDP gets
-    a communication hook, which it keeps for life. DDP holds this object weakly, so that it keeps no threads and groups alive.
+    If the algorithm `lets_ddp_divide`, they come with DDP's own all_reduces (`DDPCollectives`); else DDP gets a communication
+    hook, which it keeps for life. DDP holds this object weakly, so that it keeps no threads and groups alive. Making it is
+    collective.
 
     Args:
         ddp: DDP instance without a communication hook.
@@ -33,25 +33,6 @@ class DDPHook:
         self._buckets = 0
         """Number of buckets that the current backward has handed over; 0 outside a backward."""
         self._is_attached = True
-        self._end_interception: Callable[[], Any] | None = None
-        if algorithm.lets_ddp_divide:
-            self._intercept(ddp)
-        else:
-            ddp.register_comm_hook(weakref.ref(self), _reduce_bucket)
-
-    def before_forward(self, ddp: DistributedDataParallel) -> None:
-        """Refuses a hook in the algorithm's place, and forgets the buckets of a backward that failed."""
-        if self._end_interception is not None and ddp._comm_hooks:
-            raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
-        self._buckets = 0
-
-    def detach(self) -> None:
-        """Leaves gradients to DDP if the algorithm let it divide; else they stay local, as DDP keeps its hook."""
-        self._is_attached = False
-        if self._end_interception is not None:
-            self._end_interception()
-
-    def _intercept(self, ddp: DistributedDataParallel) -> None:
         if ddp._comm_hooks:
             raise RuntimeError("the DDP instance has a communication hook already; attach the algorithm to one without")
         reference = weakref.ref(self)
@@ -61,12 +42,20 @@ class DDPHook:
             assert hook is not None
             return hook._start(f"bucket {hook._buckets}", divided, partial(hook._algorithm.all_reduce, divided))
 
-        # The reducer holds the group's C++ half only; the Python half must not go before it.
-        self._interceptor = AllReduceInterceptor(ddp.process_group, all_reduce)
-        ddp.reducer._update_process_group(self._interceptor)
-        end_interception = weakref.finalize(self, ddp.reducer._update_process_group, ddp.process_group)
-        end_interception.atexit = False
-        self._end_interception = end_interception
+        self._collectives = DDPCollectives(ddp, algorithm.communicator, all_reduce)
+        if not algorithm.lets_ddp_divide:
+            ddp.register_comm_hook(reference, _reduce_bucket)
+
+    def before_forward(self, ddp: DistributedDataParallel) -> None:
+        """Refuses a hook in the algorithm's place, and forgets the buckets of a backward that failed."""
+        if self._algorithm.lets_ddp_divide and ddp._comm_hooks:
+            raise RuntimeError("the DDP instance got a communication hook, which would take the place of the algorithm")
+        self._buckets = 0
+
+    def detach(self) -> None:
+        """Leaves gradients to DDP if the algorithm let it divide; else they stay local, as DDP keeps its hook."""
+        self._is_attached = False
+        self._collectives.end()
 
     def _start(
         self, label: str, tensor: torch.Tensor, start: Callable[[str], torch.futures.Future[torch.Tensor]]

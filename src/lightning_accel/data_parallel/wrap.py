@@ -47,6 +47,7 @@ class AccelDataParallel(DistributedDataParallel):
         if replica is not None:
             hooks = state["_forward_pre_hooks"]
             state["_comm_hooks"] = []
+            state.pop("buffer_hook", None)
             state["_forward_pre_hooks"] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in replica.hook_ids)
         return state
 

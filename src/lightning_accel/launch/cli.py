@@ -11,15 +11,18 @@ import threading
 import time
 from collections.abc import Sequence
 
-from lightning_accel.environment import detect
+from lightning_accel.environment import DEFAULT_PORT, detect
 from lightning_accel.launch import ssh_run
 from lightning_accel.launch.arguments import add_network_options, given_network_options, positive, script_arguments
+from lightning_accel.transport.long_waits import LongWait
 from lightning_accel.transport.tcp_keepalive import watch_connections
 from lightning_accel.version import __version__
 
 _FAILED = 1
 
 _WATCH_SECONDS = 10.0
+
+_SAY_SECONDS = 0.5
 
 _EXIT_CODES = """\
 exit codes:
@@ -105,6 +108,31 @@ def _keep_watching() -> None:
         watch_connections()
 
 
+def _say_while_nodes_meet(args: argparse.Namespace) -> None:
+    """Says, when it takes long, that this node waits for others; torchrun reports to its metrics when they have met."""
+    from torch.distributed.elastic.metrics.api import MetricData, MetricHandler, configure
+
+    have_met = threading.Event()
+
+    class _Meetings(MetricHandler):
+        def emit(self, metric_data: MetricData) -> None:
+            if metric_data.name.endswith("_rendezvous.success"):
+                have_met.set()
+
+    def describe() -> str:
+        place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or DEFAULT_PORT}"
+        this = f"node {args.node_rank}" if args.rdzv_backend == "static" else "a node"
+        return f"lightning-accel run: Waiting for other nodes at {place}: this is {this} of {args.nnodes}"
+
+    def say() -> None:
+        wait = LongWait()
+        while not have_met.wait(_SAY_SECONDS):
+            wait.look(describe)
+
+    configure(_Meetings(), "torchelastic")
+    threading.Thread(target=say, daemon=True).start()
+
+
 def _print_environment(*, as_json: bool) -> int:
     from lightning_accel.launch import report
 
@@ -141,6 +169,8 @@ def _run(words: list[str]) -> int:
             os.environ[variable] = str(value)
             print(f"lightning-accel run: {variable}={value}", file=sys.stderr)
     threading.Thread(target=_keep_watching, daemon=True).start()
+    if args.nnodes != "1":
+        _say_while_nodes_meet(args)
     return _run_torchrun(args)
 
 

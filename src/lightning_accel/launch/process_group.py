@@ -6,15 +6,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_accel.environment import Environment, detect, torchrun_attempt, variable
 from lightning_accel.launch.arguments import interfaces_problem
+from lightning_accel.launch.joining import Rendezvous
 from lightning_accel.launch.seeding import seed_everything
 from lightning_accel.logs import get_log
-from lightning_accel.transport.gloo import backend_of
-from lightning_accel.transport.tcp_keepalive import open_sockets, watch_connections
 
 _log = get_log(__name__)
 
@@ -43,7 +42,7 @@ def init_process_group(
     Args:
         backend: "nccl", "gloo" or another backend of torch.distributed; None takes nccl with a CUDA device, else gloo.
         seed: Seed of the generators of Python, NumPy (if imported) and torch, the same on all ranks; None leaves them alone.
-        timeout: Timeout of each collective.
+        timeout: Timeout of each collective, and of the wait for all ranks; after ten seconds the log says which are missing.
         rank: Rank of this process; like all arguments below, its default is that of `lightning_accel.environment.detect`.
         world_size: Number of processes.
         local_rank: Rank of this process on its node.
@@ -58,7 +57,8 @@ def init_process_group(
     Raises:
         ValueError: An argument or variable is missing, or contradicts another; the message names it.
         TypeError: `timeout` is no timedelta.
-        RuntimeError: torch.distributed has a default group already.
+        RuntimeError: torch.distributed has a default group already, or rank 0 cannot listen at its port.
+        CommunicationError: Ranks were missing when the time was over.
 
     Example:
         >>> import lightning_accel as accel
@@ -90,19 +90,9 @@ def init_process_group(
     if seed is not None:
         seed_everything(seed)
     _log.info("%s", found)
-    earlier_sockets = open_sockets()
-    if store is None:
-        store = _make_store(found, timeout, at_agent=found.launcher == "torchrun" and host is None and port is None)
-    dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
-    assert dist.group.WORLD is not None
-    if backend_of(dist.group.WORLD, torch.device("cpu")) == "gloo":
-        # A rank that exited right away would cut off ranks that are still connecting.
-        try:
-            dist.all_reduce(torch.zeros(1, dtype=torch.int32, device="cpu"))
-        except BaseException:
-            dist.destroy_process_group()
-            raise
-    watch_connections(earlier_sockets)
+    at_agent = found.launcher == "torchrun" and host is None and port is None
+    attempt = torchrun_attempt() if at_agent else None
+    Rendezvous(found.rank, found.world_size, found.host, found.port, timeout, attempt, store).join(backend)
     _joined.append(found)
     return found
 
@@ -145,16 +135,6 @@ def _check_backend(backend: str) -> None:
         if part.rpartition(":")[2] not in dist.Backend.backend_list:
             known = ", ".join(dist.Backend.backend_list[1:])
             raise ValueError(f"backend must be one of {known}, or a list such as cpu:gloo,cuda:nccl: got {backend!r}")
-
-
-def _make_store(found: Environment, timeout: timedelta, *, at_agent: bool) -> Store:
-    if found.world_size == 1:
-        return HashStore()  # needs no port: another process may have taken it
-    attempt = torchrun_attempt() if at_agent else None
-    is_master = found.rank == 0 and attempt is None
-    store = TCPStore(found.host, found.port, found.world_size, is_master=is_master, timeout=timeout)
-    # The agent's store outlives the ranks: it still holds the addresses of ranks that were killed.
-    return store if attempt is None else PrefixStore(f"lightning_accel attempt {attempt}", store)
 
 
 def _environment() -> Environment:

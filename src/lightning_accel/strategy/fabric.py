@@ -20,6 +20,7 @@ from lightning_accel.data_parallel.wrap import check_whole
 from lightning_accel.strategy.advice import respell
 from lightning_accel.strategy.checkpoint_io import WholeFiles
 from lightning_accel.strategy.checkpoints import Checkpoints, already_read
+from lightning_accel.strategy.joining import join
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
 
@@ -179,6 +180,11 @@ class FabricStrategy(WholeFiles, _Base):
         if self._start_method != "popen":
             self._launcher = self.launcher_of_processes(self, start_method=self._start_method)
         check_interactive(self, "Fabric")
+
+    def _setup_distributed(self) -> None:
+        self._set_world_ranks()
+        join(self)
+        super()._setup_distributed()
 
     def _replicas_of(self, optimizer: torch.optim.Optimizer) -> Iterator[Replica]:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

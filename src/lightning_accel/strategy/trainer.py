@@ -23,6 +23,7 @@ from lightning_accel.data_parallel.wrap import check_whole
 from lightning_accel.strategy.advice import respell
 from lightning_accel.strategy.checkpoint_io import WholeFiles
 from lightning_accel.strategy.checkpoints import Checkpoints
+from lightning_accel.strategy.joining import join
 from lightning_accel.strategy.options import split_keywords
 from lightning_accel.strategy.refusals import check_device, check_gradients_stay, check_interactive
 from lightning_accel.strategy.sigterm import SigtermRelay
@@ -87,6 +88,12 @@ class TrainerStrategy(WholeFiles, _Base):
         if self._start_method != "popen":
             self._launcher = self.launcher_of_processes(self, start_method=self._start_method)
         check_interactive(self, "Trainer")
+
+    def setup_distributed(self) -> None:
+        """Joins the other ranks. Collective."""
+        self.set_world_ranks()
+        join(self)
+        super().setup_distributed()
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only; ours communicates, so it is registered always.
