@@ -86,8 +86,7 @@ class BoundAlgorithm:
     each rank."""
 
     averages: Sequence[torch.nn.Module] = ()
-    """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too, unless they are
-    on another device."""
+    """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too."""
 
     relays_termination = False
     """Whether the algorithm's messages tell all ranks that one of them is to end (SIGTERM). Then ranks need not wait for each
