@@ -98,8 +98,7 @@ class BoundAlgorithm:
     equal on all ranks. A state of another layout is not restored."""
 
     averages: Sequence[torch.nn.Module] = ()
-    """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too, unless they are
-    on another device."""
+    """Modules that hold averages of the weights over time (EMA). `consensus` makes them equal on all ranks too."""
 
     relays_termination = False
     """Whether the algorithm's messages tell all ranks that one of them is to end (SIGTERM). Then ranks need not wait for each
