@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,12 +42,14 @@ class DDPCollectives:
         self._queue = communicator.open_queue("all")
         self._messages: dict[torch.device, CheckedBroadcast] = {}
         # The reducer holds the group's C++ half only; the Python half must not go before it.
-        self._group = _ReducerGroup(ddp.process_group, communicator, self._queue, all_reduce)
+        self._group = _reducer_group()(ddp.process_group, communicator, self._queue, all_reduce)
         ddp.reducer._update_process_group(self._group)
-        self._give_back = weakref.finalize(self, _give_back, weakref.ref(ddp))
+        # Kept out of what torch.compile traces. Not by a decorator, which would import torch's compiler with this module.
+        buffer_hook = torch.compiler.disable(_broadcast_buffers)  # type: ignore[no-untyped-call]
+        self._give_back = weakref.finalize(self, _give_back, weakref.ref(ddp), buffer_hook)
         self._give_back.atexit = False
         if communicator.world_size > 1 and not hasattr(ddp, "buffer_hook"):
-            ddp._register_buffer_comm_hook(weakref.ref(self), _broadcast_buffers, _BufferCommHookLocation.PRE_FORWARD)
+            ddp._register_buffer_comm_hook(weakref.ref(self), buffer_hook, _BufferCommHookLocation.PRE_FORWARD)
 
     def end(self) -> None:
         """Leaves it all to DDP again."""
@@ -91,18 +93,16 @@ class _ReducerGroup(dist.ProcessGroup):
         self._queue = queue
         self._all_reduce = all_reduce
 
-    # torch's ProcessGroup calls these by their names and with these arguments. Kept out of what torch.compile traces.
+    # torch's ProcessGroup calls these by their names and with these arguments.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:
+    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:  # type: ignore[override]
         """Sums a bucket, or the integers by which DDP learns which parameters were used; it waits for them after our own wait."""
         (tensor,) = tensors
         if tensor.is_floating_point() or tensor.is_complex():
             return _work_of(self._all_reduce(tensor))
         return _work_of(self._communicator.all_reduce("used parameters", tensor, self._queue, is_gradient=False))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:  # type: ignore[override]
         """Tells all ranks rank 0's order of buckets."""
         (tensor,) = tensors
         step = Step("broadcast", self._queue, partial(self._queue.group.broadcast, tensor.view(torch.uint8)))
@@ -111,16 +111,23 @@ class _ReducerGroup(dist.ProcessGroup):
         return _work_of(future)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@cache
+def _reducer_group() -> type[_ReducerGroup]:
+    """Returns the class with its methods kept out of what torch.compile traces."""
+    names = ("allreduce", "broadcast")
+    methods = {name: torch.compiler.disable(getattr(_ReducerGroup, name)) for name in names}  # type: ignore[no-untyped-call]
+    return type("ReducerGroup", (_ReducerGroup,), methods)
+
+
 def _broadcast_buffers(reference: Callable[[], DDPCollectives | None], buffers: dict[str, torch.Tensor]) -> None:
     if (collectives := reference()) is not None:
         collectives.broadcast_buffers(list(buffers.values()))
 
 
-def _give_back(reference: Callable[[], DistributedDataParallel | None]) -> None:
+def _give_back(reference: Callable[[], DistributedDataParallel | None], buffer_hook: Callable[..., None]) -> None:
     if (ddp := reference()) is not None:
         ddp.reducer._update_process_group(ddp.process_group)
-        if hasattr(ddp, "buffer_hook") and ddp.buffer_hook.buffer_comm_hook is _broadcast_buffers:
+        if hasattr(ddp, "buffer_hook") and ddp.buffer_hook.buffer_comm_hook is buffer_hook:
             del ddp.buffer_hook
 
 
