@@ -207,15 +207,11 @@ KNOWN: dict[str, Callable[[Finding], bool]] = {
     "peers of a rank that fails wait in DDP's own collectives, and get gloo's error": _known(
         "untyped error", "stuck", where=lambda p: p.has(Fail) and (p.exchanges_weights or p.model.batch_norm)
     ),
-    "buffers of different sizes abort a consensus": _known(*_FAILURES, where=lambda p: p.model.growing),
     "decentralized drops the steps of optimizers that it was not told of": _known(
         "steps are lost", where=lambda p: p.algorithm == "decentralized" and _is_partly_told(p)
     ),
     "async loses a correction if a consensus finds other weights in the model's place": _known(
         "steps are lost", where=lambda p: p.algorithm == "async" and any(getattr(o, "ema", False) for o in p.operations)
-    ),
-    "frozen weights that the loop changes are not averaged": _known(
-        "ranks differ", where=lambda p: p.model.teacher and p.exchanges_weights
     ),
     "error feedback is lost while other parameters need no gradient": _known(
         "error feedback loses", *_RESULTS, where=lambda p: p.has_feedback and p.is_toggled
