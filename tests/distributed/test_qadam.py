@@ -9,9 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.models import GivenGradients
 from helpers.ranks import run_ranks
-from helpers.tensors import CODECS, assert_same_bits
+from helpers.tensors import CODECS, assert_same_bits, normal
 from helpers.training import TIMEOUT, Training
-from lightning_accel import ByteGrad, CommunicationError, QAdam, QAdamAlgorithm, Replica, wrap
+from lightning_accel import ByteGrad, QAdam, QAdamAlgorithm, Replica, wrap
 from lightning_accel.optim import Phase
 from lightning_accel.optim.frozen_variance import find_floors
 from lightning_accel.reference.bagua_qadam import BaguaQAdam as BaguaSpecification
@@ -173,25 +173,96 @@ def test_accumulated_gradients_fold_once():
     run_ranks(accumulate, 2)
 
 
-def forget_to_zero(rank, world_size, how):
-    training = training_of(QAdamAlgorithm("int8"), warmup_steps=1)
-    training.round(gradients(world_size, 0)[rank])
-    own = gradients(world_size, 1)[rank]
-    training.round(own)
-    with pytest.raises(CommunicationError, match=r"call optimizer\.zero_grad"):
-        if how == "step and no zero_grad":
-            training.ddp(own).backward()
-        else:
-            training.optimizer.zero_grad()
-            training.ddp(own).backward()
-            training.ddp(own).backward()
+def normal_gradients(world_size, number):
+    """Of each rank: their sum depends on the order."""
+    return [
+        [normal(numel, torch.float32, seed=100 * number + 10 * r + k) for k, numel in enumerate(SIZES)] for r in range(world_size)
+    ]
+
+
+def synchronise_several_times(rank, world_size, codec):
+    arguments = {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1}
+    training = training_of(QAdamAlgorithm(codec), **arguments)
+    specification = Specification(weights(training), world_size, codec=codec, **arguments)
+    for step, count in enumerate((1, 3, 2, 1, 3, 2, 1, 4, 1)):
+        backwards = [normal_gradients(world_size, 10 * step + k) for k in range(count)]
+        training.optimizer.zero_grad(set_to_none=step % 2 == 0)
+        if step == 6:  # a message that is thrown away
+            training.micro_batch(normal_gradients(world_size, 99)[rank])
+            training.ddp.zero_grad(set_to_none=False)
+        for k, of_ranks in enumerate(backwards):
+            training.micro_batch(of_ranks[rank], last=(step, k) != (7, 2))
+        training.optimizer.step()
+        if step == 7:  # the third was not synchronised: the fourth carries both
+            both = [
+                [one + other for one, other in zip(*owns, strict=True)] for owns in zip(backwards[2], backwards[3], strict=True)
+            ]
+            backwards = [*backwards[:2], both]
+        specification.step(*backwards)
+        for parameter, momentum in zip(training.ddp.parameters(), specification.momenta, strict=True):
+            assert torch.allclose(
+                training.optimizer.state[parameter]["exp_avg"], momentum, rtol=0, atol=1e-6 if step < 7 else 0.02
+            )
+        if step < 7:
+            training.assert_weights(specification.parameters, f"{codec}, step {step}")
     training.replica.close()
 
 
-@pytest.mark.parametrize("how", ["step and no zero_grad", "two backwards"])
-def test_a_backward_onto_momentum_is_refused(how):
+@pytest.mark.parametrize(("world_size", "codec"), [(2, "int8"), (2, "sign"), (3, "int4")])
+def test_gradients_of_several_backwards_fold_as_one(world_size, codec):
+    """Catches gradients added to momentum, momentum or weight decay folded in twice, and residuals added once a backward."""
+    run_ranks(synchronise_several_times, world_size, codec)
+
+
+def take_turns(rank, world_size, views):
+    model = GivenGradients([torch.ones(700), torch.ones(3000)])
+    optimizers = [QAdam([parameter], lr=0.01, warmup_steps=2, foreach=False) for parameter in model.parameters()]
+    specifications = [
+        Specification([parameter.detach().clone()], world_size, lr=0.01, warmup_steps=2, codec="int4")
+        for parameter in model.parameters()
+    ]
+    options = {"codec": "int4", "find_unused_parameters": True, "gradient_as_bucket_view": views}
+    with wrap(model, optimizers, "qadam", **options) as ddp:
+        for step in range(7):
+            for turn, (optimizer, specification) in enumerate(zip(optimizers, specifications, strict=True)):
+                backwards = []
+                for parameter, other in zip(model.parameters(), range(2), strict=True):
+                    parameter.requires_grad_(other == turn)
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+                for k in range(1 + step % 2):
+                    numel = (700, 3000)[turn]
+                    backwards.append([[normal(numel, torch.float32, seed=100 * step + 10 * r + k)] for r in range(world_size)])
+                    own = backwards[-1][rank][0]
+                    ddp([None if place != turn else own for place in range(2)]).backward()
+                optimizer.step()
+                specification.step(*backwards)
+                for parameter in model.parameters():
+                    parameter.requires_grad_(True)
+                weight = list(model.parameters())[turn]
+                assert_same_bits(weight, specification.parameters[0], f"views {views}, step {step}, turn {turn}")
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_optimizers_take_turns_as_in_a_gan(views):
+    """Catches momentum that is left in a toggled parameter's `.grad` and folded in as if it were a gradient, or refused."""
+    run_ranks(take_turns, 2, views)
+
+
+def forget_to_zero(rank, world_size, set_to_none):
+    training = training_of(QAdamAlgorithm("int8"), warmup_steps=1)
+    for step in range(2):
+        training.optimizer.zero_grad(set_to_none=set_to_none)
+        training.micro_batch(gradients(world_size, step)[rank])
+        training.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"call optimizer\.zero_grad"):
+        training.micro_batch(gradients(world_size, 2)[rank])
+    training.replica.close()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_backward_onto_the_momentum_of_a_step_is_refused(set_to_none):
     """Catches gradients that are added to momentum, in silence."""
-    run_ranks(forget_to_zero, 2, how)
+    run_ranks(forget_to_zero, 2, set_to_none)
 
 
 def zero_in_every_way(rank, world_size):

@@ -67,6 +67,21 @@ class Gan(Net):
         ]
 
 
+class Manual(Net):
+    """Manual optimisation that accumulates without no_sync, as Lightning documents it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters.items()
@@ -81,6 +96,8 @@ COMBINATIONS: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "many buckets": (Net, {"bucket_cap_mb": 1e-4}, {}),
     "no bucket view": (Net, {"gradient_as_bucket_view": False, "bucket_cap_mb": 1e-4}, {"accumulate_grad_batches": 2}),
     "static graph": (Net, {"static_graph": True, "bucket_cap_mb": 1e-4}, {}),
+    "manual optimisation": (Manual, {"bucket_cap_mb": 1e-4}, {}),
+    "manual optimisation of a static graph": (Manual, {"static_graph": True, "bucket_cap_mb": 1e-4}, {}),
     "unused parameters": (TwoHeads, {"find_unused_parameters": True, "bucket_cap_mb": 1e-4}, {}),
     "clip norm": (Net, {}, {"gradient_clip_val": 0.3}),
     "clip value": (Net, {}, {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}),

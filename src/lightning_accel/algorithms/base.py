@@ -133,6 +133,12 @@ class BoundAlgorithm:
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Receives the optimizers of the replica's parameters, before the first forward."""
 
+    def after_backward(self) -> None:
+        """Runs at the end of a backward that has handed over buckets, when `.grad` holds what they were reduced to.
+
+        Not where DDP hands them over after the backward, as it does once with a static graph under manual optimisation.
+        """
+
     def before_step(self) -> None:
         """Runs after the round's last backward, before gradients are unscaled or clipped and the optimizer steps."""
 

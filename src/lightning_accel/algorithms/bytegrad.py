@@ -96,18 +96,24 @@ class _ByteGrad(BoundAlgorithm):
             return super().reduce_gradients(bucket, label)
         return self.reducer.all_reduce(bucket, label, self._divisor)
 
+    def after_backward(self) -> None:
+        self.reducer.after_backward()
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.reducer.commit(optimizer)
+        self.reducer.after_step(optimizer)
 
     @property
     def rank_state_layout(self) -> str:  # type: ignore[override]
         return self.reducer.pipeline.residual_layout
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return self.reducer.pipeline.state_dict()
+        return self.reducer.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        self.reducer.pipeline.load_state_dict(state)
+        self.reducer.load_state_dict(state)
 
     def reset_rank_state(self) -> None:
-        self.reducer.pipeline.reset()
+        self.reducer.reset_state()
+
+    def teardown(self) -> None:
+        self.reducer.close()

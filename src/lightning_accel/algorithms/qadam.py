@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lightning_accel.algorithms.base import Algorithm, BoundAlgorithm, Context, GradBucket
 from lightning_accel.algorithms.common.bucket_reducer import BucketReducer
+from lightning_accel.algorithms.common.gradient_watch import GradientWatch
 from lightning_accel.algorithms.common.option_checks import check_hierarchical
 from lightning_accel.algorithms.registry import register_algorithm
 from lightning_accel.background.comm_queue import Step
@@ -79,7 +80,7 @@ class _QAdam(BoundAlgorithm):
         self._optimizers: list[QAdam] = []
         self._warmup = WarmupAgreement(self._agree)
         self._folding = _Folding(self._optimizers)
-        self._guard = _MomentumGuard(self._optimizers)
+        self._momenta = _MomentaInGrad(context.parameters.tensors, self._reducer.watch, self._optimizers, self._folding.owners)
 
     def attach_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         others = [type(optimizer).__name__ for optimizer in optimizers if not isinstance(optimizer, QAdam)]
@@ -106,7 +107,7 @@ class _QAdam(BoundAlgorithm):
         if keeps_residuals is None:
             keeps_residuals = self._optimizers[0].default_error_feedback and self._options.codec != "none"
         if keeps_residuals:
-            self._reducer.pipeline.keep_residuals()
+            self._reducer.keep_residuals()
 
     def before_forward(self) -> None:
         if not self._optimizers:
@@ -115,34 +116,28 @@ class _QAdam(BoundAlgorithm):
             )
         if self._folding.refresh():
             self._warmup.recount()
-        if self._phase is Phase.COMPRESSED:
-            self._guard.before_forward(self._folding.owners)
-        elif self._warmup_ends():
+        if self._phase is Phase.WARMUP and self._warmup_ends():
             floors = {parameter: floor for optimizer in self._optimizers for parameter, floor in find_floors(optimizer).items()}
             for optimizer in self._optimizers:
                 optimizer.freeze(floors)
 
     def reduce_gradients(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
-        world_size = self.communicator.world_size
-        if self._phase is Phase.WARMUP:
-            if world_size == 1:
-                return super().reduce_gradients(bucket, label)
-            return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._queue)
-        if bucket.index() == 0:
-            self._guard.before_backward()
-        parameters = bucket.parameters()
-        for optimizer in self._optimizers:
-            optimizer.note_folded(parameters)
-        fold = partial(self._folding.fold, bucket.buffer(), parameters)
-        if world_size == 1:
-            fold()
-            return super().reduce_gradients(bucket, label)
-        return self._reducer.all_reduce(bucket, label, world_size, before=fold)
+        places = self._reducer.places_of(bucket)
+        future = (
+            self._reduce_exactly(bucket, label) if self._phase is Phase.WARMUP else self._reduce_momenta(bucket, label, places)
+        )
+        self._reducer.watch.note_message(places)
+        return future
+
+    def after_backward(self) -> None:
+        self._momenta.after_backward()
+        self._reducer.after_backward()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._reducer.commit(optimizer)
+        self._reducer.after_step(optimizer)
 
     def teardown(self) -> None:
+        self._reducer.close()
         for optimizer in self._optimizers:
             optimizer.detach()
 
@@ -157,17 +152,39 @@ class _QAdam(BoundAlgorithm):
         return self._reducer.pipeline.residual_layout
 
     def rank_state_dict(self) -> dict[str, Any]:
-        return self._reducer.pipeline.state_dict()
+        return self._reducer.state_dict()
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        self._reducer.pipeline.load_state_dict(state)
+        self._reducer.load_state_dict(state)
 
     def reset_rank_state(self) -> None:
-        self._reducer.pipeline.reset()
+        self._reducer.reset_state()
 
     @property
     def _phase(self) -> Phase:
         return self._optimizers[0].phase
+
+    def _reduce_exactly(self, bucket: GradBucket, label: str) -> torch.futures.Future[torch.Tensor]:
+        """Starts to average gradients uncompressed, in an order of summation that no bucket decides."""
+        world_size = self.communicator.world_size
+        if world_size == 1:
+            return super().reduce_gradients(bucket, label)
+        if world_size == 2:  # two summands have one order only, and the backend's all_reduce takes the least time
+            return self.communicator.all_reduce(label, bucket.buffer().div_(world_size), self._queue)
+        return self._reducer.all_reduce(bucket, label, world_size, is_exact=True)
+
+    def _reduce_momenta(self, bucket: GradBucket, label: str, places: Sequence[int]) -> torch.futures.Future[torch.Tensor]:
+        """Starts to fold gradients into momenta and to average these, compressed."""
+        parameters = bucket.parameters()
+        bases = self._momenta.before_message(places)
+        for optimizer in self._optimizers:
+            optimizer.note_folded(parameters)
+        fold = partial(self._folding.fold, bucket.buffer(), parameters, bases)
+        world_size = self.communicator.world_size
+        if world_size == 1:
+            fold()
+            return super().reduce_gradients(bucket, label)
+        return self._reducer.all_reduce(bucket, label, world_size, before=fold)
 
     def _warmup_ends(self) -> bool:
         steps, warmup_steps = min(optimizer.steps for optimizer in self._optimizers), self._optimizers[0].warmup_steps
@@ -179,7 +196,7 @@ class _QAdam(BoundAlgorithm):
         """Returns the least of all ranks' values. Collective, and waits."""
         if self.communicator.world_size == 1:
             return value
-        least = torch.tensor([value], device=self.context.parameters.tensors[0].device)
+        least = torch.tensor([value], dtype=torch.int64, device=self.context.parameters.tensors[0].device)
 
         def reduce() -> None:
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._queue.group.process_group)
@@ -214,7 +231,8 @@ class _Folding:
         groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
         is_loaded = num_loads != self._num_loads
         if is_loaded or len(groups) != self._num_groups:
-            self.owners = {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
+            self.owners.clear()
+            self.owners |= {parameter: (optimizer, group) for optimizer, group in groups for parameter in group["params"]}
             self._num_loads, self._num_groups = num_loads, len(groups)
             if self._optimizers[0].phase is Phase.COMPRESSED:
                 # Lays a momentum anew that was loaded in another memory format. If a queue's stream did it, it would still read
@@ -223,16 +241,25 @@ class _Folding:
                     optimizer.momentum_of(parameter)
         return is_loaded
 
-    def fold(self, gradients: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-        """Turns the gradients of a bucket into this rank's momenta, in place."""
+    def fold(
+        self, gradients: torch.Tensor, parameters: Sequence[torch.Tensor], bases: Mapping[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Turns the gradients of a bucket into this rank's momenta, in place.
+
+        Args:
+            gradients: Content of the bucket.
+            parameters: Its parameters.
+            bases: Momenta to fold onto instead of the last step's, which contain weight decay already (see `_MomentaInGrad`).
+        """
         by_scalars: dict[tuple[float, float], list[tuple[int, int, int, int]]] = {}
         address = gradients.data_ptr()
         for parameter in parameters:
             if parameter in self.owners:  # else it has no optimizer, and no momentum
                 optimizer, group = self.owners[parameter]
-                folded_decay, _ = optimizer.split_weight_decay(group)
-                tensors = by_scalars.setdefault((group["betas"][0], folded_decay), [])
-                momentum = optimizer.momentum_of(parameter)
+                base, (folded_decay, _) = bases.get(parameter), optimizer.split_weight_decay(group)
+                momentum = optimizer.momentum_of(parameter) if base is None else base
+                scalars = group["betas"][0], folded_decay if base is None else 0.0
+                tensors = by_scalars.setdefault(scalars, [])
                 tensors.append((address, momentum.data_ptr(), parameter.data_ptr(), parameter.numel()))
             address += parameter.numel() * gradients.element_size()
         for (beta1, folded_decay), tensors in by_scalars.items():
@@ -240,34 +267,80 @@ class _Folding:
             run_kernel(kernels.qadam_fold, gradients.device, DTYPES.index(gradients.dtype), tensors, beta1, folded_decay, 1)
 
 
-class _MomentumGuard:
-    """Refuses a backward that adds gradients to the momentum that the last one has left in `.grad`.
+class _MomentaInGrad:
+    """Knows where `.grad` holds the momentum M of the last message while backward adds a gradient g to it.
 
-    Reading a value waits for the GPU. So the device is asked before the forward whether `.grad` was zeroed, and the answer is
-    read in backward only where no optimizer has zeroed it.
+    Then a bucket arrives with M + g, and the second message of a step must carry M + (1 - beta1) g. That is
+    beta1 M + (1 - beta1) (M + g): what has arrived, folded onto M, as a first message's gradient is folded onto the last step's
+    momentum. After a step M stands for gradients that are used up, so adding to it is refused.
 
     Args:
+        parameters: Parameters of the model.
+        watch: Watches their gradients.
         optimizers: Optimizers of the model; the list may grow.
+        owners: Optimizer and group of each parameter that has one; may change.
     """
 
-    def __init__(self, optimizers: Sequence[QAdam]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        watch: GradientWatch,
+        optimizers: Sequence[QAdam],
+        owners: Mapping[torch.Tensor, tuple[QAdam, dict[str, Any]]],
+    ) -> None:
+        self._parameters = parameters
+        self._watch = watch
         self._optimizers = optimizers
-        self._left_momentum: torch.Tensor | None = None
-        self._last_zeroings = 0
+        self._owners = owners
+        self._sent: dict[int, tuple[int, int]] = {}
+        """Calls of `zero_grad`, and steps, of the owner's at the last message of a parameter whose `.grad` may hold momentum."""
+        self._bases: dict[int, torch.Tensor] = {}
+        """Copies of momenta, made before backward added to them."""
+        self._in_use: list[torch.Tensor] = []
+        watch.listen(self._sent, self._before_adding)
 
-    def before_forward(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Asks whether `.grad` holds anything but zeros; the smallest one stands for all."""
-        if self._left_momentum is not None:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            self._left_momentum = min(gradients, key=torch.Tensor.numel).any() if gradients else None
+    def before_message(self, places: Collection[int]) -> dict[torch.Tensor, torch.Tensor]:
+        """Returns what the gradients in a bucket are folded onto, where that is not the last step's momentum.
 
-    def before_backward(self) -> None:
-        """Raises RuntimeError if `.grad` still holds the last backward's momentum; notes that this one leaves its own."""
-        zeroings = sum(optimizer.zeroings for optimizer in self._optimizers)
-        if self._left_momentum is not None and zeroings == self._last_zeroings and bool(self._left_momentum):
+        Args:
+            places: The bucket's parameters.
+        """
+        bases = {}
+        now = {optimizer: (optimizer.zeroings, optimizer.steps) for optimizer in self._optimizers}
+        for place in places:
+            parameter = self._parameters[place]
+            if parameter not in self._owners:
+                continue
+            has_added = self._watch.has_added(place)
+            if not has_added and place in self._sent:
+                self._look(place)
+            if (base := self._bases.pop(place, None)) is not None:
+                bases[parameter] = base
+            if base is None or has_added:
+                self._sent[place] = now[self._owners[parameter][0]]
+        self._in_use += bases.values()
+        return bases
+
+    def after_backward(self) -> None:
+        """Frees what the backward's messages were folded onto; a GPU has read it by now."""
+        self._in_use.clear()
+
+    def _before_adding(self, place: int) -> None:
+        if self._look(place) and self._sent[place][1] != self._owners[self._parameters[place]][0].steps:
             raise RuntimeError(
-                "after QAdam's warm-up .grad holds momentum, and a second backward has added gradients to it: call "
-                "optimizer.zero_grad() before each backward that synchronises (module.zero_grad() is seen before the forward "
-                "only), and accumulate under no_sync()"
+                "after QAdam's warm-up .grad holds momentum, and a backward would add gradients to what a step has used: call "
+                "optimizer.zero_grad() after each step"
             )
-        self._left_momentum, self._last_zeroings = torch.tensor(True), zeroings
+
+    def _look(self, place: int) -> bool:
+        """Looks whether `.grad` holds the last message's momentum still, and copies it before backward adds to it."""
+        parameter = self._parameters[place]
+        gradient = parameter.grad
+        optimizer, _ = self._owners[parameter]
+        if gradient is None or self._sent[place][0] != optimizer.zeroings or not bool(gradient.any()):
+            del self._sent[place]
+            self._bases.pop(place, None)
+            return False
+        if place not in self._bases:
+            self._bases[place] = torch.empty_like(parameter).copy_(gradient)  # as its parameter lies in memory
+        return True

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from lightning_accel.collectives.sharded import Steps
 from lightning_accel.collectives.shared_memory import PeerMemory, open_peer_memory
 from lightning_accel.collectives.two_shot import compressed_all_reduce_steps
 from lightning_accel.compression.block_layout import Layout
-from lightning_accel.compression.error_feedback import ErrorFeedback
+from lightning_accel.compression.error_feedback import ErrorFeedback, ResidualPlace
 from lightning_accel.transport.scratch import Scratch
 
 Places = tuple[tuple[int, int], ...]
@@ -31,10 +30,12 @@ class PlannedTensor:
     Attributes:
         plan: Their messages.
         kept: Memory for what is under way; tensors overtake one another, so each has its own.
+        is_exact: Whether the messages are uncompressed, whatever the pipeline's codec, and have no residuals.
     """
 
     plan: TwoShotPlan | HierarchicalPlan
     kept: Scratch
+    is_exact: bool
 
 
 class Pipeline:
@@ -51,6 +52,9 @@ class Pipeline:
         device: Device of the tensors.
         codec: Codec of the messages between ranks, or between nodes.
         hierarchical: Whether ranks of a node sum first, uncompressed.
+
+    Attributes:
+        feedback: What codes have lost; None without error feedback.
     """
 
     def __init__(
@@ -74,13 +78,14 @@ class Pipeline:
             # The last part sends nothing.
             self._queues += [communicator.open_queue("all") for _ in range(0 if self._sums.is_whole else 1)]
             self._queues.append(communicator.open_queue("none"))
-        self._feedback: ErrorFeedback | None = None
+        self.feedback: ErrorFeedback | None = None
         self._peer_memory: PeerMemory | None = None
         self._planned: list[PlannedTensor] = []
 
-    def plan(self, dtype: torch.dtype, places: Places) -> PlannedTensor:
+    def plan(self, dtype: torch.dtype, places: Places, *, is_exact: bool = False) -> PlannedTensor:
         """Plans the messages of tensors that hold the same parameters, the same on all ranks."""
-        self._planned.append(PlannedTensor(self._plan(dtype, places), Scratch()))
+        codec = "none" if is_exact else self._codec
+        self._planned.append(PlannedTensor(self._plan(codec, dtype, places), Scratch(), is_exact))
         return self._planned[-1]
 
     def all_reduce(
@@ -90,6 +95,8 @@ class Pipeline:
         planned: PlannedTensor,
         divisor: int,
         prepare: Callable[[], None] | None = None,
+        *,
+        from_pending: bool = False,
     ) -> torch.futures.Future[torch.Tensor]:
         """Submits an all_reduce; the future delivers the sum divided by `divisor`, in the tensor itself.
 
@@ -99,8 +106,9 @@ class Pipeline:
             planned: Its messages; one tensor at a time is under way with them.
             divisor: Number of ranks for a mean, 1 for a sum.
             prepare: Changes the tensor first, where the all_reduce runs.
+            from_pending: Whether messages go on from pending residuals (see `ErrorFeedback.take`).
         """
-        steps = self._steps(tensor, planned, divisor)
+        steps = self._steps(tensor, planned, divisor, from_pending=from_pending)
         if prepare is not None:
             steps.insert(0, Step("prepare", steps[0].queue, prepare, waits=False))
         return self._communicator.submit(label, tensor, *steps)
@@ -127,7 +135,7 @@ class Pipeline:
         queue, topology = self._queues[0], self._communicator.topology
         if self._hierarchical or queue.group.world_size == 1:
             return
-        plans = [plan for dtype, places in largest if isinstance(plan := self._plan(dtype, places), TwoShotPlan)]
+        plans = [plan for dtype, places in largest if isinstance(plan := self._plan(self._codec, dtype, places), TwoShotPlan)]
         is_one_node = len(topology.nodes) == 1
         timeout = self._communicator.timeout
         self._peer_memory = open_peer_memory(queue.group, plans, self._device, timeout, is_one_node=is_one_node)
@@ -136,52 +144,27 @@ class Pipeline:
 
     def keep_residuals(self) -> None:
         """Turns error feedback on, where anything is quantised."""
-        if self._sums.world_size > 1 and self._feedback is None:
-            self._feedback = ErrorFeedback(self._sums.layout.numel, self._sums.numel, self._device)
-
-    def commit(self, parameters: Sequence[int] | None = None) -> None:
-        """Keeps the residuals of the last backward, of some parameters or of all.
-
-        The code of the others reached nobody: they keep what their last step left.
-        """
-        if self._feedback is not None:
-            ranges = None if parameters is None else [r for parameter in parameters for r in self._residual_ranges(parameter)]
-            self._feedback.commit(ranges)
+        if self._sums.world_size > 1 and self.feedback is None:
+            layout = self._sums.layout
+            places = [self._residual_places(parameter) for parameter in range(len(layout.numels))]
+            self.feedback = ErrorFeedback(places, layout.numel, self._sums.numel, self._device)
 
     @property
     def residual_layout(self) -> str:
         """Which nodes the residuals belong to, in words: with hierarchy, who owns a block depends on them."""
         return f"nodes {self._communicator.topology.nodes}" if self._hierarchical else "any nodes"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's residuals, if there are any; they are not copied."""
-        return self._feedback.state_dict() if self._feedback is not None else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned on this rank.
-
-        Raises:
-            ValueError: For the state of another model, number of ranks or hierarchy.
-        """
-        if self._feedback is not None and state:
-            self._feedback.load_state_dict(state)
-
-    def reset(self) -> None:
-        """Drops what residuals hold."""
-        if self._feedback is not None:
-            self._feedback.reset()
-
-    def _plan(self, dtype: torch.dtype, places: Places) -> TwoShotPlan | HierarchicalPlan:
+    def _plan(self, codec: str, dtype: torch.dtype, places: Places) -> TwoShotPlan | HierarchicalPlan:
         first = self._queues[0]
         if self._hierarchical:
             groups = first.intra_node, first.inter_node
-            return HierarchicalPlan.build(self._codec, dtype, self._layout, self._sums.layout, places, *groups)
+            return HierarchicalPlan.build(codec, dtype, self._layout, self._sums.layout, places, *groups)
         pieces = pieces_of(self._layout, places)
-        return TwoShotPlan.build(self._codec, dtype, pieces, first.group.world_size, first.group.rank)
+        return TwoShotPlan.build(codec, dtype, pieces, first.group.world_size, first.group.rank)
 
-    def _steps(self, tensor: torch.Tensor, planned: PlannedTensor, divisor: int) -> list[Step]:
+    def _steps(self, tensor: torch.Tensor, planned: PlannedTensor, divisor: int, *, from_pending: bool) -> list[Step]:
         plan, kept = planned.plan, planned.kept
-        feedback = self._feedback.take() if self._feedback is not None else None
+        feedback = self.feedback.take(from_pending=from_pending) if self.feedback is not None and not planned.is_exact else None
         first, second = self._queues[:2]
         if isinstance(plan, HierarchicalPlan):
             groups = first.intra_node, first.inter_node, second.intra_node
@@ -206,9 +189,11 @@ class Pipeline:
             Step(name, queue, run, waits=first_waits or k > 0) for k, (name, queue) in enumerate(zip(phases, queues, strict=True))
         ]
 
-    def _residual_ranges(self, parameter: int) -> Iterator[tuple[str, int, int]]:
-        """Gives where a parameter's residuals are: the kind, the first one, how many."""
-        for span in self._sums.layout.spans(parameter):
-            yield "worker", span.place, span.numel
-            if (place := self._sums.place(span)) is not None:
-                yield "server", place, span.numel
+    def _residual_places(self, parameter: int) -> list[ResidualPlace]:
+        spans = self._sums.layout.spans(parameter)
+        if not spans:
+            return []
+        whole = spans[0].place, self._sums.layout.numels[parameter]  # its spans follow one another
+        own = [(place, span.numel) for span in spans if (place := self._sums.place(span)) is not None]
+        servers = [whole] if self._sums.is_whole else own
+        return [ResidualPlace("worker", *whole), *(ResidualPlace("server", *server) for server in servers)]

@@ -52,7 +52,7 @@ class PeerMemory:
         self._addresses = list(mapping.buffer_ptrs)
         self._timeout = timeout
         # Kernels write here and the host looks without waiting for the GPU, or the other way round.
-        self._failure = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+        self._failure = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=memory.is_cuda)
 
     def all_reduce(self, tensor: torch.Tensor, plan: TwoShotPlan, *, divisor: float, feedback: Feedback | None = None) -> None:
         """Does what `compressed_all_reduce` does, enqueued on the current stream of the tensor's device. Collective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +55,30 @@ class Feedback:
     server: Residuals
 
 
-class ErrorFeedback:
-    """Residuals of a whole model, which a skipped step leaves as they were.
+@dataclass(frozen=True)
+class ResidualPlace:
+    """Where a parameter's residuals of one kind are.
 
-    A backward reads the residuals of the last step and writes new ones beside them; `commit` makes these the residuals. A
-    gradient scaler that skips a step therefore loses nothing, at the price of twice the memory.
+    Attributes:
+        kind: "worker" or "server".
+        first: First residual.
+        numel: Number of residuals.
+    """
+
+    kind: str
+    first: int
+    numel: int
+
+
+class ErrorFeedback:
+    """Residuals of a whole model: the *committed* ones, and the *pending* ones, which the last messages have left.
+
+    A message reads committed residuals and writes pending ones, or it goes on from pending ones in place. Pending residuals
+    count once a step has used what the message delivered: `commit`. Until then a message can be taken back, as a gradient scaler
+    does that skips a step, at the price of twice the memory.
 
     Args:
+        places: Places of each parameter's residuals.
         worker_numel: Elements that this rank sends.
         server_numel: Elements that this rank sums.
         device: Device of the model.
@@ -69,38 +86,59 @@ class ErrorFeedback:
     Memory: 8 bytes for each of these elements.
     """
 
-    def __init__(self, worker_numel: int, server_numel: int, device: torch.device) -> None:
+    def __init__(
+        self, places: Sequence[Sequence[ResidualPlace]], worker_numel: int, server_numel: int, device: torch.device
+    ) -> None:
         numels = {"worker": worker_numel, "server": server_numel}
-        self._memory = [
+        self._places = places
+        self._committed, self._pending = (
             {kind: torch.zeros(numel, dtype=torch.float32, device=device) for kind, numel in numels.items()} for _ in range(2)
-        ]
-        self._has_written = False
+        )
 
-    def take(self) -> Feedback:
-        """Returns the residuals for one tensor of a backward. All of a backward's tensors take them before `commit`."""
-        self._has_written = True
-        old, updated = self._memory
-        return Feedback(**{kind: Residuals(old[kind], updated[kind]) for kind in ("worker", "server")})
-
-    def commit(self, ranges: Iterable[tuple[str, int, int]] | None = None) -> None:
-        """Keeps what the last backward wrote. Does nothing without one.
+    def take(self, *, from_pending: bool) -> Feedback:
+        """Returns the residuals for one tensor's messages.
 
         Args:
-            ranges: Kind, first residual and number of those to keep; None keeps all.
+            from_pending: Whether the messages go on from pending residuals, in place; else they start from committed ones.
         """
-        if not self._has_written:
+        old = self._pending if from_pending else self._committed
+        return Feedback(**{kind: Residuals(old[kind], self._pending[kind]) for kind in old})
+
+    def reset(self, parameters: Collection[int], unless: torch.Tensor | None = None) -> None:
+        """Makes the pending residuals of some parameters the committed ones.
+
+        Args:
+            parameters: The parameters.
+            unless: A boolean on the residuals' device; if it is true, nothing changes. It is not waited for.
+        """
+        for parameter in parameters:
+            for committed, pending in zip(self._of(self._committed, parameter), self._of(self._pending, parameter), strict=True):
+                if unless is None:
+                    pending.copy_(committed)
+                else:
+                    torch.where(unless, pending, committed, out=pending)
+
+    def pending(self, parameter: int) -> list[torch.Tensor]:
+        """Returns copies of a parameter's pending residuals."""
+        return [residuals.clone() for residuals in self._of(self._pending, parameter)]
+
+    def restore_pending(self, parameter: int, copies: Sequence[torch.Tensor]) -> None:
+        """Restores what `pending` returned."""
+        for residuals, copy in zip(self._of(self._pending, parameter), copies, strict=True):
+            residuals.copy_(copy)
+
+    def commit(self, parameters: Collection[int] | None = None) -> None:
+        """Makes the committed residuals of some parameters, or of all, the pending ones."""
+        if parameters is None:
+            self._committed, self._pending = self._pending, self._committed
             return
-        if ranges is None:
-            self._has_written = False
-            self._memory.reverse()
-            return
-        old, updated = self._memory
-        for kind, first, numel in ranges:
-            old[kind][first : first + numel].copy_(updated[kind][first : first + numel])
+        for parameter in parameters:
+            for committed, pending in zip(self._of(self._committed, parameter), self._of(self._pending, parameter), strict=True):
+                committed.copy_(pending)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Returns the residuals themselves, which the next steps overwrite."""
-        return dict(self._memory[0])
+        """Returns the committed residuals themselves, which later commits overwrite."""
+        return dict(self._committed)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores what `state_dict` returned on this rank.
@@ -108,17 +146,18 @@ class ErrorFeedback:
         Raises:
             ValueError: For the state of another model or number of ranks.
         """
-        for kind, residuals in self._memory[0].items():
+        for kind, residuals in self._committed.items():
             if state[kind].shape != residuals.shape:
                 raise ValueError(
                     f"{kind} residuals have {residuals.numel()} elements, the state has {state[kind].numel()}: it is of another "
                     "model, number of ranks or hierarchy"
                 )
             residuals.copy_(state[kind])
-        self._has_written = False
 
-    def reset(self) -> None:
-        """Sets the residuals to zero."""
-        for residuals in self._memory[0].values():
+    def drop(self) -> None:
+        """Sets the committed residuals to zero."""
+        for residuals in self._committed.values():
             residuals.zero_()
-        self._has_written = False
+
+    def _of(self, memory: Mapping[str, torch.Tensor], parameter: int) -> list[torch.Tensor]:
+        return [memory[place.kind][place.first : place.first + place.numel] for place in self._places[parameter]]

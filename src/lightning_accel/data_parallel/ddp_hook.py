@@ -61,20 +61,34 @@ class DDPHook:
         self, label: str, tensor: torch.Tensor, start: Callable[[str], torch.futures.Future[torch.Tensor]]
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts to reduce a bucket; if that fails the future delivers `tensor` as it is, and the wait raises the error."""
+        is_in_backward = torch._C._current_graph_task_id() >= 0
         self._buckets += 1
         if self._buckets == 1:
             self._on_backward()
-            # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
-            # works, and from where an error reaches the training thread as it is.
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+            if is_in_backward:
+                # Runs at the end of this backward, before DDP's own finalisation: the place to wait with a bound, where Ctrl-C
+                # works, and from where an error reaches the training thread as it is.
+                _call_at_end_of_backward(self._after_buckets)
         try:
-            return start(label)
+            future = start(label)
         except Exception as error:
-            return self._algorithm.communicator.fail(error, label, tensor)
+            future = self._algorithm.communicator.fail(error, label, tensor)
+        if not is_in_backward:
+            # With a static graph under manual optimisation, Lightning makes DDP hand over the first backward's buckets after it.
+            self._wait()
+        return future
 
-    def _after_backward(self) -> None:
+    def _after_buckets(self) -> None:
+        self._wait()
+        _call_at_end_of_backward(self._algorithm.after_backward)  # one that is queued now runs after DDP's finalisation
+
+    def _wait(self) -> None:
         self._buckets = 0
         self._algorithm.communicator.wait()
+
+
+def _call_at_end_of_backward(function: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def _reduce_bucket(reference: Callable[[], DDPHook | None], bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -21,7 +21,7 @@ def check_dense(parameter: Tensor) -> None:
 def complete_state(parameter: Tensor, state: dict[str, Any]) -> None:
     """Fills in Adam's state where there is none, and lays it anew where it lies otherwise than the parameter."""
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     for name in ("exp_avg", "exp_avg_sq"):

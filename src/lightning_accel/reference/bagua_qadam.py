@@ -19,10 +19,10 @@ class BaguaQAdam(QAdam):
         else:
             super()._warmup_step(place, gradient)
 
-    def _compressed_step(self, place: int, gradients: Sequence[Tensor]) -> None:
+    def _fold(self, place: int, gradients: Sequence[Tensor], momentum: Tensor | None) -> list[Tensor]:
         """Loses weight decay."""
         self.weight_decay = 0.0
-        super()._compressed_step(place, gradients)
+        return super()._fold(place, gradients, momentum)
 
     def _correction_steps(self) -> int:
         """Lets the bias correction of the frozen variance go on."""

@@ -21,7 +21,11 @@ class Residuals:
     @classmethod
     def zeros(cls, num_workers: int, numel: int) -> Residuals:
         """Makes the residuals before anything is sent."""
-        return cls([torch.zeros(numel) for _ in range(num_workers)], torch.zeros(numel))
+        return cls([torch.zeros(numel, dtype=torch.float32) for _ in range(num_workers)], torch.zeros(numel, dtype=torch.float32))
+
+    def copy(self) -> Residuals:
+        """Returns residuals that a message may overwrite."""
+        return Residuals([*self.workers], self.server)
 
 
 def compressed_all_reduce(tensors: Sequence[Tensor], codec: str, divisor: float, residuals: Residuals | None = None) -> Tensor:

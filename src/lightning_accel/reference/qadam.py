@@ -54,23 +54,48 @@ class QAdam:
         num_workers = len(nodes) if nodes is not None else world_size
         self.residuals = [Residuals.zeros(num_workers, p.numel()) if error_feedback else None for p in parameters]
 
-    def step(self, gradients: Sequence[Sequence[Tensor]]) -> None:
-        """Makes one step.
+    def step(self, *backwards: Sequence[Sequence[Tensor]]) -> None:
+        """Makes one step after one backward, or several that are each synchronised.
+
+        DDP adds a backward's gradients to what the one before has left in `.grad`, and sends the sum again.
 
         Args:
-            gradients: Gradients of each rank, of each parameter.
+            backwards: For each backward, gradients of each rank, of each parameter.
         """
         self.steps += 1
-        for place, rank_gradients in enumerate(zip(*gradients, strict=True)):
-            if self.steps <= self.warmup_steps:
-                mean = rank_gradients[0] / self.world_size
-                for gradient in rank_gradients[1:]:
-                    mean = mean + gradient / self.world_size
-                self._warmup_step(place, mean)
+        is_warmup = self.steps <= self.warmup_steps
+        for place in range(len(self.parameters)):
+            held: Tensor | None = None
+            for gradients in backwards:
+                of_ranks = [own[place] if held is None else held + own[place] for own in gradients]
+                if not is_warmup:
+                    of_ranks = self._fold(place, of_ranks, held)
+                held = self._mean(of_ranks, place if not is_warmup else None)
+            assert held is not None
+            if is_warmup:
+                self._warmup_step(place, held)
             else:
-                self._compressed_step(place, rank_gradients)
+                self._compressed_step(place, held)
         if self.steps == self.warmup_steps:
             self._raise_to_floor()
+
+    def _fold(self, place: int, gradients: Sequence[Tensor], momentum: Tensor | None) -> list[Tensor]:
+        """Returns each rank's momentum: onto the last step's, or onto that of the last message, which the gradients contain."""
+        beta1 = self.betas[0]
+        if momentum is not None:
+            return [beta1 * momentum + (1 - beta1) * gradient for gradient in gradients]
+        if self.weight_decay and not self.decoupled:
+            gradients = [gradient + self.weight_decay * self.parameters[place] for gradient in gradients]
+        return [beta1 * self.momenta[place] + (1 - beta1) * gradient for gradient in gradients]
+
+    def _mean(self, tensors: Sequence[Tensor], coded: int | None) -> Tensor:
+        """Returns the ranks' mean, coded with the residuals of a parameter, or uncompressed."""
+        if len(tensors) == 1:
+            return tensors[0]
+        codec, residuals = ("none", None) if coded is None else (self.codec, self.residuals[coded])
+        if self.nodes is None:
+            return compressed_all_reduce(tensors, codec, self.world_size, residuals)
+        return hierarchical_all_reduce(tensors, self.nodes, codec, self.world_size, residuals)
 
     def _warmup_step(self, place: int, gradient: Tensor) -> None:
         """Steps with the operations of torch's own Adam, some of which fuse a product and a sum."""
@@ -92,20 +117,9 @@ class QAdam:
         """Returns the number of steps by which the frozen variance is bias-corrected."""
         return self.warmup_steps
 
-    def _compressed_step(self, place: int, gradients: Sequence[Tensor]) -> None:
+    def _compressed_step(self, place: int, momentum: Tensor) -> None:
         beta1, beta2 = self.betas
         parameter, old = self.parameters[place], self.momenta[place]
-        momenta = []
-        for gradient in gradients:
-            if self.weight_decay and not self.decoupled:
-                gradient = gradient + self.weight_decay * parameter
-            momenta.append(beta1 * old + (1 - beta1) * gradient)
-        if len(momenta) == 1:
-            momentum = momenta[0]
-        elif self.nodes is None:
-            momentum = compressed_all_reduce(momenta, self.codec, self.world_size, self.residuals[place])
-        else:
-            momentum = hierarchical_all_reduce(momenta, self.nodes, self.codec, self.world_size, self.residuals[place])
         is_finite = momentum.isfinite()
         self.momenta[place] = torch.where(is_finite, momentum, old)
         correction = 1 - beta2 ** self._correction_steps()

@@ -79,7 +79,7 @@ def abort(process_group: dist.ProcessGroup, rank: int, world_size: int) -> None:
         for k in range(1, world_size):
             peer = (rank + k) % world_size
             try:
-                work = dist.irecv(torch.empty(1, dtype=torch.uint8), group=process_group, group_src=peer, tag=tag)
+                work = dist.irecv(torch.empty(1, dtype=torch.uint8, device=_CPU), group=process_group, group_src=peer, tag=tag)
             except RuntimeError:
                 continue  # this connection is closed already, others may not be
             with contextlib.suppress(RuntimeError):

@@ -85,7 +85,7 @@ class OwnedGroups:
                 self._owned.append(process_group)
         if backend_of(self._owned[-1], torch.device("cpu")) == "gloo":
             # A rank that closes the group at once would cut off those that still connect.
-            dist.all_reduce(torch.zeros(1, dtype=torch.int32), group=self._owned[-1])
+            dist.all_reduce(torch.zeros(1, dtype=torch.int32, device="cpu"), group=self._owned[-1])
             watch_connections(others)
         self._groups.append(Group(self._owned[-1]))
         return self._groups[-1]

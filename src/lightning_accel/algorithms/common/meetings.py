@@ -104,7 +104,7 @@ class Meetings:
         self.averagings = 0
         self.copied: torch.cuda.Event | None = None
         self.termination_requested = self.is_terminating = False
-        self._votes = torch.zeros(3, dtype=torch.int32)
+        self._votes = torch.zeros(3, dtype=torch.int32, device="cpu")
 
     # The training thread's part.
 
@@ -165,7 +165,9 @@ class Meetings:
             takes_old = life is Life.ENDING or overdue_seconds >= self.interval_seconds
             has_one = self.contribution is Contribution.NEW or (self.contribution is Contribution.OLD and takes_old)
             is_ready = has_one and overdue_seconds >= 0
-            self._votes.copy_(torch.tensor([life is not Life.RUNNING, self.termination_requested, is_ready]))
+            self._votes.copy_(
+                torch.tensor([life is not Life.RUNNING, self.termination_requested, is_ready], dtype=torch.int32, device="cpu")
+            )
         started = time.perf_counter()
         self.queue.group.all_reduce(self._votes).get_future().wait()
         self.communicator.report("averaging", "meet", self.queue, started)

@@ -76,14 +76,14 @@ class LoadBalancingDistributedSampler(Sampler[int]):
         complexities = self._complexities
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.shuffle:
-            noise = torch.randint(self._noise, (len(complexities),), generator=generator).tolist()
+            noise = torch.randint(self._noise, (len(complexities),), generator=generator, device="cpu").tolist()
             complexities = [complexity + more for complexity, more in zip(complexities, noise, strict=True)]
         order = sorted(range(len(complexities)), key=complexities.__getitem__)
         ranks = range(self.num_replicas)
         chunks = [[order[(k * len(ranks) + rank) % len(order)] for rank in ranks] for k in range(self.num_samples)]
         if not self.shuffle:
             return chunks
-        return [chunks[k] for k in torch.randperm(len(chunks), generator=generator).tolist()]
+        return [chunks[k] for k in torch.randperm(len(chunks), generator=generator, device="cpu").tolist()]
 
     def __iter__(self) -> Iterator[int]:
         return iter([chunk[self.rank] for chunk in self.chunks()])
