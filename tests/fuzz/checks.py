@@ -204,26 +204,17 @@ def _is_partly_told(program: Program) -> bool:
 
 KNOWN: dict[str, Callable[[Finding], bool]] = {
     "one rank's extra round meets another collective of its peers": _known(*_FAILURES, where=lambda p: p.has(ExtraRound)),
-    "peers of a rank that fails wait in DDP's own collectives, and get gloo's error": _known(
-        "untyped error", "stuck", where=lambda p: p.has(Fail) and (p.exchanges_weights or p.model.batch_norm)
-    ),
     "decentralized drops the steps of optimizers that it was not told of": _known(
         "steps are lost", where=lambda p: p.algorithm == "decentralized" and _is_partly_told(p)
     ),
     "async loses a correction if a consensus finds other weights in the model's place": _known(
         "steps are lost", where=lambda p: p.algorithm == "async" and any(getattr(o, "ema", False) for o in p.operations)
     ),
-    "error feedback is lost while other parameters need no gradient": _known(
-        "error feedback loses", *_RESULTS, where=lambda p: p.has_feedback and p.is_toggled
-    ),
-    "error feedback is added once a backward, not once a step": _known(
-        "error feedback loses", where=lambda p: p.has_feedback and any(train.backwards > 1 for train in p.trains)
-    ),
     "error feedback is lost for optimizers that wrap was not told of": _known(
         "error feedback loses", where=lambda p: p.has_feedback and _is_partly_told(p)
     ),
     "gloo's own sum of three or more depends on buckets, which a resumed run has anew": _known(
-        "resumed differs from uninterrupted", where=lambda p: p.algorithm in ("gradient_allreduce", "qadam") and p.ranks > 2
+        "resumed differs from uninterrupted", where=lambda p: p.algorithm == "gradient_allreduce" and p.ranks > 2
     ),
 }
 """Defects that are open: what a finding of each looks like, by the reason. Remove an entry, and what it covers is a failure."""
