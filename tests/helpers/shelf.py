@@ -36,7 +36,7 @@ class Shelf(LocalFileSystem):
 
     def rm(self, path, **options):
         super().rm(path, **options)
-        for folder in Path(path).parents:
+        for folder in Path(self._strip_protocol(path)).parents:
             if any(folder.iterdir()):
                 break
             folder.rmdir()
