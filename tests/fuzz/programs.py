@@ -246,7 +246,7 @@ def _operations(program: Program) -> st.SearchStrategy[Operation]:
         Train,
         times=st.sampled_from((1, 2, 3, 30) if program.has_feedback else (1, 1, 1, 2, 2, 3, 12)),  # what is lost adds up
         unsynced=st.sampled_from((0, 1)),
-        backwards=st.just(1) if program.algorithm == "qadam" else st.sampled_from((1, 1, 1, 3)),
+        backwards=st.sampled_from((1, 1, 1, 3)),
         toggled=st.just(False) if program.algorithm in ("async", "qadam") else _seldom,
         only=st.none() if program.algorithm == "qadam" else st.sampled_from((None, None, 0, 1)),
         skipped_on=st.one_of(st.just(()), skips),

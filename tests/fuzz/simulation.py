@@ -20,11 +20,9 @@ from lightning_accel.reference.weights import consensus
 
 
 def can_simulate(program: Program) -> bool:
-    """Whether the reference can express the program: no planned failure, rounds whose ends it knows, one backward of a step."""
+    """Whether the reference can express the program: no planned failure, rounds whose ends it knows."""
     if program.may_fail or program.algorithm in ("async", "qadam") or program.model.growing:
         return False
-    if program.has_feedback and any(train.backwards > 1 for train in program.trains):
-        return False  # checks.py bounds what is lost instead
     if not is_exact(program) and any(optimizer.kind == "adam" for optimizer in program.optimizers):
         return False  # Adam makes whole steps of the last bits
     return all(optimizer.told for optimizer in program.optimizers) and not program.has(Remake)
@@ -75,6 +73,7 @@ class _Simulation:
         self.peaks: dict[str, float] = {}
         self._residuals: dict[str, Residuals] = {}
         self._written: dict[str, Residuals] = {}
+        self._is_zeroed = True
         self._round = "between"
         self._rounds = 0
         self._arriving: list[list[torch.Tensor]] | None = None
@@ -113,6 +112,9 @@ class _Simulation:
             if self._round == "open":
                 self._round = "reduced"
             return
+        if self._is_zeroed:
+            self._written.clear()
+            self._is_zeroed = False
         for name, parameters in zip(self._names(), zip(*self.weights(), strict=True), strict=True):
             if parameters[0].grad is None or not parameters[0].requires_grad:
                 continue
@@ -129,11 +131,17 @@ class _Simulation:
         codec = options.get("codec", "int8")
         if not self.program.has_feedback:
             return bytegrad(own, codec, nodes=self.nodes)[0]
-        old = self._residuals.get(name) or Residuals.zeros(len(self.nodes or gradients), gradients[0].numel())
+        # A second message of a round contains the result of the first.
+        old = (
+            self._written.get(name)
+            or self._residuals.get(name)
+            or Residuals.zeros(len(self.nodes or gradients), gradients[0].numel())
+        )
         written = self._written[name] = Residuals(list(old.workers), old.server)
         return bytegrad(own, codec, nodes=self.nodes, residuals=[written])[0]
 
     def _before_step(self, moments: Any) -> None:
+        self._is_zeroed = True  # a round's gradients are zeroed after its steps
         # A rank whose scaler skips does it at its next forward; nothing looks at its weights before.
         if self.program.exchanges_weights and self._round != "between":
             self._end_round()

@@ -27,8 +27,9 @@ class ByteGrad(Algorithm):
     A rank owns 1/n of the blocks: it receives their codes from all (all_to_all), sums them in rank order in float32, divides,
     encodes once more, and sends the result to all (all_gather). All ranks end bit-identical.
 
-    With error feedback both Q code their value plus what they lost of the ones before, and keep what they lose now. A step
-    that the optimizer did not make, because a gradient scaler skipped it, leaves what was kept as it was.
+    With error feedback both Q code their value plus what they lost of the ones before, and keep what they lose now. What is kept
+    belongs to what a step has used: several synchronised backwards in a step, skipped steps, optimizers that take turns and
+    parameters that are not used lose nothing (docs/design/0014-error-feedback.md).
 
     Source: ByteGrad of Bagua (Gan et al. 2021, arXiv:2107.01499). Differs in the grid: Bagua has one minimum and maximum for
     1/n of a bucket (`minmax_uint8` keeps its formula, by block); and results do not depend on DDP's buckets.

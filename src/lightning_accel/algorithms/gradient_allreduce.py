@@ -21,6 +21,10 @@ class GradientAllReduce(Algorithm):
     g <- 1/n sum_r g_r
 
     The flat form is the backend's all_reduce of DDP's buckets, which DDP divides as it fills them; it equals DDP bit for bit.
+    From three ranks on, a backend's order of summation depends on an element's place in its bucket. So, as with DDP, the last
+    bits depend on `bucket_cap_mb`, and differ after a resume, whose first backward has other buckets. `hierarchical=True`, and
+    `bytegrad` with codec "none", give the same bits whatever the buckets are.
+
     In the hierarchical form ranks of a node sum first, and each carries its share between nodes; sums run in rank order, in
     float32. It is off by default: the backends' own all_reduce knows nodes too (NCCL), or is bandwidth-optimal anyway (gloo's
     ring).

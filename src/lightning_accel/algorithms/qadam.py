@@ -29,16 +29,19 @@ from lightning_accel.transport.topology import Hierarchical
 class QAdamAlgorithm(Algorithm):
     """Adam for slow networks: exact in warm-up; afterwards only its momentum travels, compressed. Needs the `QAdam` optimizer.
 
-    Warm-up: g <- 1/n sum_r g_r, uncompressed. After it, with v frozen:
+    Warm-up: g <- 1/n sum_r g_r, uncompressed, and from three ranks on summed in rank order. After it, with v frozen:
 
     m_r <- beta1 m + (1 - beta1) g_r,  m <- Q(1/n sum_r Q(m_r))
 
     bucket by bucket during backward, as `bytegrad` does with gradients, each Q with error feedback. The class `QAdam` has the
     equations of the step and the sources.
 
-    Cost of a step after warm-up, for each rank: 2 (n-1)/n times 1 byte per element for int8, 0.53 for int4, 0.14 for sign,
-    against 4; error feedback takes 8 (1 + 1/n) bytes of memory per element (16 for two ranks). Elements of embedding rows that
-    no gradient has ever reached stay exactly zero in every codec (`sign`: in groups of 32).
+    A second synchronised backward in a step is folded onto the m that the first one's message delivered.
+
+    Cost of a step for each rank: 2 (n-1)/n times 4 bytes per element in warm-up, and after it 1 for int8, 0.53 for int4, 0.14
+    for sign. Memory: from three ranks on twice the gradients in warm-up; error feedback takes 8 (1 + 1/n) bytes per element
+    (16 for two ranks). Elements of embedding rows that no gradient has ever reached stay exactly zero in every codec (`sign`: in
+    groups of 32).
 
     Fails when: the variance has not settled when it is frozen (too short a warm-up, a learning rate that still rises); under
     fp16 loss scaling or gradient clipping after warm-up, because `.grad` then holds momentum.

@@ -19,7 +19,6 @@ class GradientWatch:
 
     Args:
         parameters: Parameters of the model; those that need no gradient are not watched.
-
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
