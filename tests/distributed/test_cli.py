@@ -112,7 +112,7 @@ def test_run_says_that_it_waits_for_other_nodes(tmp_path, port, rank):
     finally:
         node.kill()
         node.communicate()
-    assert line.startswith(f"lightning-accel run: Waiting for other nodes at 127.0.0.1:{port}: this is node {rank} of 2 (")
+    assert line.startswith(f"lightning-accel: Waiting for other nodes at 127.0.0.1:{port}: this is node {rank} of 2 (")
 
 
 def test_env_says_who_this_process_is():
@@ -199,7 +199,7 @@ def test_the_self_test_compares_everything_and_finds_a_difference():
     for name in CODECS:
         assert re.search(rf"^codec +{name} .* ok +equal$", whole, re.MULTILINE)
         assert re.search(rf"^algorithm +bytegrad {name} +ok +equal$", whole, re.MULTILINE)
-    for name in algorithm_names():
+    for name in set(algorithm_names()) - {"drifting"}:  # which another test registers
         assert re.search(rf"^algorithm +{name} .*ok ", whole, re.MULTILINE), name
     assert f"{len(whole.splitlines()) - 2} checks passed" in whole
     assert [line.split()[1:4] for line in broken.splitlines() if "DIFFERENT" in line] == [["bytegrad", "int8", "DIFFERENT"]]

@@ -8,8 +8,8 @@ from fuzz import checks
 from fuzz.programs import Evaluate, Fail, Model, Optimizer, Program, Remake, Resume, Train, programs
 from fuzz.run import Outcome, Pool
 
-BUDGET = 60
-"""Programs of the ordinary suite: about 40 seconds."""
+BUDGET = 25
+"""Programs of the ordinary suite: about 20 seconds."""
 
 
 @pytest.fixture

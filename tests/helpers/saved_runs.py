@@ -75,9 +75,9 @@ def differ(one, other):
 
 
 def heard_by(logger="lightning_accel.checkpoint"):
-    """A list that fills with what is logged."""
+    """A list that fills with what is logged, without the prefix."""
     heard = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: heard.append(record.getMessage().partition(": ")[2])
     logging.getLogger(logger).addHandler(handler)
     return heard

@@ -105,6 +105,10 @@ class _ReducerGroup(dist.ProcessGroup):
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:  # type: ignore[override]
         """Tells all ranks rank 0's order of buckets."""
         (tensor,) = tensors
+        if self._communicator.world_size == 1:
+            alone: Future = torch.futures.Future()
+            alone.set_result(tensor)
+            return _work_of(alone)
         step = Step("broadcast", self._queue, partial(self._queue.group.broadcast, tensor.view(torch.uint8)))
         future = self._communicator.submit("order of buckets", tensor, step, is_gradient=False)
         self._communicator.wait()  # DDP's own wait would have no bound

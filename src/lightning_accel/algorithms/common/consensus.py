@@ -111,7 +111,8 @@ class Consensus:
     def _gather(self, message: bytes) -> list[bytes]:
         ranked = self._communicator.rank.to_bytes(4, "little") + message  # groups order ranks in their own ways
         sent = torch.tensor(list(ranked), dtype=torch.uint8, device=self._device)
-        gathered = torch.empty(self._communicator.world_size, len(ranked), dtype=torch.uint8, device=self._device)
+        world_size = self._inter_node.world_size * self._intra_node.world_size
+        gathered = torch.empty(world_size, len(ranked), dtype=torch.uint8, device=self._device)
 
         def procedure() -> None:
             of_node = gathered.view(self._inter_node.world_size, -1)[self._inter_node.rank]
