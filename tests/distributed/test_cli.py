@@ -112,7 +112,7 @@ def test_run_says_that_it_waits_for_other_nodes(tmp_path, port, rank):
     finally:
         node.kill()
         node.communicate()
-    assert line.startswith(f"lightning-accel run: Waiting for other nodes at 127.0.0.1:{port}: this is node {rank} of 2 (")
+    assert line.startswith(f"lightning-accel: Waiting for other nodes at 127.0.0.1:{port}: this is node {rank} of 2 (")
 
 
 def test_env_says_who_this_process_is():

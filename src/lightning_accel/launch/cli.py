@@ -122,7 +122,7 @@ def _say_while_nodes_meet(args: argparse.Namespace) -> None:
     def describe() -> str:
         place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or DEFAULT_PORT}"
         this = f"node {args.node_rank}" if args.rdzv_backend == "static" else "a node"
-        return f"lightning-accel run: Waiting for other nodes at {place}: this is {this} of {args.nnodes}"
+        return f"Waiting for other nodes at {place}: this is {this} of {args.nnodes}"
 
     def say() -> None:
         wait = LongWait()
