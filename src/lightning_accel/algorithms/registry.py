@@ -141,7 +141,7 @@ def check_keywords(taker: str, algorithm: str | Algorithm, given: Iterable[str],
             options = [field.name for field in _option_fields(known)] if known is not None else []
             told = f" Options of {known.name}: {', '.join(options) or 'none'}." if known is not None else ""
             end = hint(name, names) or "."
-            raise TypeError(f"{taker} does not take {name!r}{end}{told} It also takes arguments of {' and '.join(arguments)}")
+            raise TypeError(f"{taker} does not take {name!r}{end}{told} It also takes those of {', '.join(arguments)}")
 
 
 def _check_free(name: str, cls: type[Algorithm], reserved: Mapping[str, str]) -> None:
