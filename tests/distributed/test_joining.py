@@ -97,13 +97,13 @@ def join_late(rank, world_size, port, late_rank, seconds):
 def test_the_log_says_who_is_waited_for(port):
     """Catches half an hour of silence when a rank was not started, or cannot be reached."""
     place = f"of 3 ranks at 127.0.0.1:{port}, on rank"
-    without_1 = f"Waiting for 1 {place} {{rank}}: rank 1 has not come"
+    without_1 = f"lightning-accel: Waiting for 1 {place} {{rank}}: rank 1 has not come"
     on_time = run_ranks(join_late, 3, port, 1, 2.5, backend=None)
     for rank, (lines, error, _) in enumerate(on_time):
         assert error is None
         assert lines == [] if rank == 1 else len(lines) >= 2, "once after the first time, and again"
         assert all(line.startswith(without_1.format(rank=rank)) and line.endswith("s so far)") for line in lines), lines
-    without_0 = f"Waiting for 1 or more {place} {{rank}}: rank 0 does not answer"
+    without_0 = f"lightning-accel: Waiting for 1 or more {place} {{rank}}: rank 0 does not answer"
     for rank, (lines, error, _) in enumerate(run_ranks(join_late, 3, port, 0, 1.5, backend=None)):
         assert error is None
         assert bool(lines) == (rank != 0), lines

@@ -33,7 +33,7 @@ def _runs(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     data = points(STEPS, world_size)
     heard: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: heard.append(record.getMessage().partition(": ")[2])
     logging.getLogger("lightning_accel").addHandler(handler)
 
     def run(strategy: str, file: str | None = None, **kwargs: Any) -> tuple[torch.Tensor, int | None]:

@@ -32,7 +32,7 @@ class Fits:
         self.ranks = type("RanksOfRoot", bases, {})(rank, world_size)
         self.heard = []
         handler = logging.Handler()
-        handler.emit = lambda record: self.heard.append(record.getMessage())
+        handler.emit = lambda record: self.heard.append(record.getMessage().partition(": ")[2])
         logging.getLogger("lightning_accel").addHandler(handler)
 
         class Net(pl.LightningModule):

@@ -214,7 +214,7 @@ class Messages(logging.Handler):
         self.messages = []
 
     def emit(self, record):
-        self.messages.append(record.getMessage())
+        self.messages.append(record.getMessage().partition(": ")[2])
 
 
 def train(rank, n):
