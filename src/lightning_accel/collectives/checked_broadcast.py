@@ -42,7 +42,7 @@ class CheckedBroadcast:
             for start, size, tensor in zip(starts, sizes, tensors, strict=True)
         ]
         self._header = [sum(sizes), zlib.crc32(repr(self._layout).encode())]
-        self.message[:_ALIGNMENT].view(torch.int64).copy_(torch.tensor(self._header))
+        self.message[:_ALIGNMENT].view(torch.int64).copy_(torch.tensor(self._header, dtype=torch.int64, device="cpu"))
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Returns whether tensors have the dtypes and shapes that this message was made for."""

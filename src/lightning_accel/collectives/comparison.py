@@ -172,4 +172,4 @@ def _row_sums(data: torch.Tensor) -> torch.Tensor:
 @cache
 def _keys(device: torch.device) -> torch.Tensor:
     source = random.Random(1024)  # the same numbers in every version of Python
-    return torch.tensor([source.getrandbits(64) - 2**63 for _ in range(_LANES)], device=device)
+    return torch.tensor([source.getrandbits(64) - 2**63 for _ in range(_LANES)], dtype=torch.int64, device=device)
