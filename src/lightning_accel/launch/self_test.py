@@ -269,7 +269,8 @@ def _descend(weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _difference(held: Tensor, expected: Tensor) -> float:
